@@ -1,0 +1,1 @@
+"""Language models behind one protocol: hosted, local, scripted; cached, budgeted, retried."""

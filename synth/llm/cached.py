@@ -1,0 +1,121 @@
+"""Replies kept in sqlite by hash(model, request): a crash pays for nothing twice, a rerun gives the same bytes."""
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from synth.llm.api import LLM, Reply, Request, Usage, request_key
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS replies (
+  key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL, model TEXT NOT NULL,
+  prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sent (key TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+_GROUP_COMMIT_S = 0.002
+
+
+class CachedLLM:
+    """Looks a call up, else makes it and commits the reply before anybody sees it.
+
+    One file per shard and one writer per file, with a rollback journal: safe on network file systems. Calls
+    that finish together are committed together. `sent` notes every call before it leaves, so that after a
+    kill `num_interrupted` says how many were in flight: those alone may be charged twice.
+    """
+
+    def __init__(self, inner: LLM, path: Path, *, read_only: Sequence[Path] = ()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._inner = inner
+        self._identity = dict(inner.identity)
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.executescript("PRAGMA journal_mode=TRUNCATE; PRAGMA synchronous=NORMAL;" + _SCHEMA)
+        self._others = [sqlite3.connect(f"file:{other}?mode=ro", uri=True) for other in read_only]
+        self._intents: list[tuple[str]] = []
+        self._rows: list[tuple[Any, ...]] = []
+        self._commit: asyncio.Task[None] | None = None
+        self._in_flight: dict[str, asyncio.Future[Reply]] = {}
+        (self.num_interrupted,) = self._db.execute(
+            "SELECT count(*) FROM sent WHERE key NOT IN (SELECT key FROM replies)"
+        ).fetchone()
+        self._db.execute("DELETE FROM sent")
+        self.num_hits = 0
+        self.saved_usage = Usage()
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """That of the model behind it."""
+        return self._identity
+
+    async def generate(self, request: Request) -> Reply:
+        """The kept reply (`cached=True`), or a new one that is on the disk before this returns."""
+        key = request_key(self._identity, request)
+        while True:
+            kept = self._look_up(key)
+            if kept is not None:
+                self.num_hits += 1
+                self.saved_usage += kept.usage
+                return kept
+            twin = self._in_flight.get(key)
+            if twin is None:
+                break
+            await asyncio.wait([twin])  # the same call is in flight: one of them is enough
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._in_flight[key] = future
+        try:
+            self._intents.append((key,))
+            await self._write_soon()
+            reply = await self._inner.generate(request)
+            usage = reply.usage
+            self._rows.append(
+                (key, reply.text, reply.finish, reply.model, usage.prompt_tokens, usage.completion_tokens)
+            )
+            await self._write_soon()
+            return reply
+        finally:
+            del self._in_flight[key]
+            future.cancel()
+
+    def _look_up(self, key: str) -> Reply | None:
+        query = "SELECT text, finish, model, prompt_tokens, completion_tokens FROM replies WHERE key = ?"
+        for db in (self._db, *self._others):
+            row = db.execute(query, (key,)).fetchone()
+            if row is not None:
+                usage = Usage(prompt_tokens=row[3], completion_tokens=row[4])
+                return Reply(text=row[0], finish=row[1], model=row[2], usage=usage, cached=True)
+        return None
+
+    async def _write_soon(self) -> None:
+        if self._commit is None:
+            self._commit = asyncio.create_task(self._write_group())
+        await asyncio.shield(self._commit)
+
+    async def _write_group(self) -> None:
+        await asyncio.sleep(_GROUP_COMMIT_S)
+        intents, self._intents = self._intents, []
+        rows, self._rows = self._rows, []
+        self._commit = None
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany("INSERT OR IGNORE INTO sent VALUES (?)", intents)
+        self._db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?)", rows)
+        self._db.execute("COMMIT")
+
+    async def score(self, prompt: str, continuation: str) -> float:
+        """Passed through."""
+        return await self._inner.score(prompt, continuation)
+
+    async def close(self) -> None:
+        """Close the files and the model behind."""
+        if self._commit is not None:
+            await self._commit
+        for db in (self._db, *self._others):
+            db.close()
+        await self._inner.close()
+
+
+def identity_text(identity: Mapping[str, Any]) -> str:
+    """An identity in one line, for provenance."""
+    return json.dumps(dict(identity), sort_keys=True, separators=(",", ":"))

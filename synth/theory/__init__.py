@@ -1,0 +1,1 @@
+"""The toy model of learning by deduction: simulated, in closed form, and fitted."""

@@ -1,0 +1,1 @@
+"""Fictional worlds: facts whose every consequence is known, rendered as documents and asked about."""
