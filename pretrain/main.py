@@ -1,0 +1,26 @@
+"""`python -m pretrain.main --config FILE key=value ...`: train the model that a config describes."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
+from pretrain.train import TrainConfig, train
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one training job; the return value is the process' exit code (2: bad input)."""
+    try:
+        path, overrides = parse_argv(argv)
+        config = apply_overrides(load_config(path), overrides)
+        if not isinstance(config, TrainConfig):
+            raise ConfigError(f"{path} must return a TrainConfig for pretrain.main, got {type(config).__name__}")
+        return train(config, name=Path(path).stem).exit_code
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
