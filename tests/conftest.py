@@ -1,0 +1,41 @@
+"""How every test runs: eight fake CPU devices, strict jax, warnings are errors, `slow` only when asked for."""
+
+import os
+
+import hypothesis
+import pytest
+
+# Read by jax when it is imported, hence set here, before any test module is. Subprocesses inherit them.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+# Compilation makes the first example slow and later ones fast, so a deadline would only measure the cache.
+# Derandomized: a default test that fails must fail again on the next machine.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("default")
+
+# Warnings of others that we can do nothing about: (filter, reason).
+ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = ()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
+    for warning, _reason in ALLOWED_WARNINGS:
+        config.addinivalue_line("filterwarnings", warning)
+    # Only `device` tests may see an accelerator; the others compare bits and need the fake CPU devices.
+    if "device" not in (config.getoption("markexpr") or ""):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    expression = config.getoption("markexpr") or ""
+    for name, remedy in (
+        ("slow", "minutes, or an optional package: run with -m slow"),
+        ("device", "needs an accelerator: run with -m device"),
+    ):
+        if name not in expression:
+            for item in items:
+                if name in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=remedy))
