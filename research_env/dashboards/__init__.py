@@ -1,0 +1,1 @@
+"""One static page that shows a campaign: curves, lineage, statuses, every node."""

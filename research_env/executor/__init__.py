@@ -1,0 +1,1 @@
+"""From an idea to a diff that applies and runs."""
