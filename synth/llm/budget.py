@@ -22,37 +22,47 @@ class Budget:
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must be at least 0 or none, got {value}")
 
-    def minus(self, account: "Account") -> "Budget":
-        """What is left after `account`, never below zero."""
+    def minus(self, spent: "Account") -> "Budget":
+        """What is left after `spent`, never below zero."""
 
-        def left(cap: float | None, spent: float) -> Any:
-            return None if cap is None else max(cap - spent, 0)
+        def left(cap: Any, taken: float) -> Any:
+            return None if cap is None else max(cap - taken, 0)
 
         return Budget(
-            max_cost_usd=left(self.max_cost_usd, account.cost_usd),
-            max_calls=left(self.max_calls, account.calls),
-            max_completion_tokens=left(self.max_completion_tokens, account.usage.completion_tokens),
+            max_cost_usd=left(self.max_cost_usd, spent.cost_usd),
+            max_calls=left(self.max_calls, spent.calls + spent.lost_calls),
+            max_completion_tokens=left(self.max_completion_tokens, spent.usage.completion_tokens),
+        )
+
+    def split(self, count: int) -> "Budget":
+        """One of `count` equal parts, whole numbers rounded down."""
+        return Budget(
+            max_cost_usd=None if self.max_cost_usd is None else self.max_cost_usd / count,
+            max_calls=None if self.max_calls is None else self.max_calls // count,
+            max_completion_tokens=(
+                None if self.max_completion_tokens is None else self.max_completion_tokens // count
+            ),
         )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Account:
-    """What was spent. `lost_calls` were sent and brought no reply: the server may have charged for them."""
+    """What was spent. `lost_calls` were sent and brought no reply: the server may have charged for them, so
+    tokens and money hold their worst case.
+    """
 
     calls: int = 0
     usage: Usage = Usage()
     cost_usd: float = 0.0
     lost_calls: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; they add over shards."""
-        return {
-            "calls": self.calls,
-            "prompt_tokens": self.usage.prompt_tokens,
-            "completion_tokens": self.usage.completion_tokens,
-            "cost_usd": round(self.cost_usd, 9),
-            "lost_calls": self.lost_calls,
-        }
+    def __add__(self, other: "Account") -> "Account":
+        return Account(
+            calls=self.calls + other.calls,
+            usage=self.usage + other.usage,
+            cost_usd=self.cost_usd + other.cost_usd,
+            lost_calls=self.lost_calls + other.lost_calls,
+        )
 
 
 class BudgetedLLM:
@@ -86,23 +96,19 @@ class BudgetedLLM:
         except LostCall:
             # The server may have charged for it: the worst case counts as spent.
             self._release(worst, worst_usd)
-            self.account.lost_calls += 1
-            self.account.usage += worst
-            self.account.cost_usd += worst_usd
+            self.account += Account(lost_calls=1, usage=worst, cost_usd=worst_usd)
             raise
         except BaseException:
             self._release(worst, worst_usd)
             raise
         self._release(worst, worst_usd)
-        self.account.calls += 1
-        self.account.usage += reply.usage
-        self.account.cost_usd += cost_usd(self._config, reply.usage)
+        self.account += Account(calls=1, usage=reply.usage, cost_usd=cost_usd(self._config, reply.usage))
         return reply
 
     def _reserve(self, worst: Usage, worst_usd: float) -> None:
         account, budget = self.account, self._budget
         wanted = (
-            ("calls", budget.max_calls, account.calls + self._reserved_calls, 1),
+            ("calls", budget.max_calls, account.calls + account.lost_calls + self._reserved_calls, 1),
             (
                 "completion tokens",
                 budget.max_completion_tokens,

@@ -1,21 +1,26 @@
 """Replies kept in sqlite by hash(model, request): a crash pays for nothing twice, a rerun gives the same bytes."""
 
 import asyncio
-import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from synth.llm.api import LLM, Reply, Request, Usage, request_key
+from synth.llm.api import LLM, LLMConfig, Reply, Request, Usage, cost_usd, request_key
+from synth.llm.budget import Account, worst_usage
 
+SUFFIX = ".replies.sqlite"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies (
   key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL, model TEXT NOT NULL,
-  prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL
+  prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost_usd REAL NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS sent (key TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sent (
+  key TEXT PRIMARY KEY, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost_usd REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS lost (prompt_tokens INTEGER, completion_tokens INTEGER, cost_usd REAL);
 """
+_SPENT = "SELECT count(*), total(prompt_tokens), total(completion_tokens), total(cost_usd) FROM "
 _GROUP_COMMIT_S = 0.002
 
 
@@ -24,26 +29,27 @@ class CachedLLM:
 
     One file per shard and one writer per file, with a rollback journal: safe on network file systems. Calls
     that finish together are committed together. `sent` notes every call before it leaves, so that after a
-    kill `num_interrupted` says how many were in flight: those alone may be charged twice.
+    kill those that were in flight, which alone may have to be paid again, count as lost at their worst case.
     """
 
-    def __init__(self, inner: LLM, path: Path, *, read_only: Sequence[Path] = ()):
+    def __init__(self, inner: LLM, config: LLMConfig, path: Path, *, read_only: Sequence[Path] = ()):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._inner = inner
+        self._config = config
         self._identity = dict(inner.identity)
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.executescript("PRAGMA journal_mode=TRUNCATE; PRAGMA synchronous=NORMAL;" + _SCHEMA)
-        self._others = [sqlite3.connect(f"file:{other}?mode=ro", uri=True) for other in read_only]
-        self._intents: list[tuple[str]] = []
+        self._db.executescript(
+            "BEGIN; INSERT INTO lost SELECT prompt_tokens, completion_tokens, cost_usd FROM sent "
+            "WHERE key NOT IN (SELECT key FROM replies); DELETE FROM sent; COMMIT;"
+        )
+        self._others = [sqlite3.connect(f"file:{other}?mode=rw", uri=True) for other in read_only]
+        self._intents: list[tuple[Any, ...]] = []
         self._rows: list[tuple[Any, ...]] = []
         self._commit: asyncio.Task[None] | None = None
         self._in_flight: dict[str, asyncio.Future[Reply]] = {}
-        (self.num_interrupted,) = self._db.execute(
-            "SELECT count(*) FROM sent WHERE key NOT IN (SELECT key FROM replies)"
-        ).fetchone()
-        self._db.execute("DELETE FROM sent")
+        self.num_calls = 0
         self.num_hits = 0
-        self.saved_usage = Usage()
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -57,7 +63,6 @@ class CachedLLM:
             kept = self._look_up(key)
             if kept is not None:
                 self.num_hits += 1
-                self.saved_usage += kept.usage
                 return kept
             twin = self._in_flight.get(key)
             if twin is None:
@@ -66,12 +71,15 @@ class CachedLLM:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._in_flight[key] = future
         try:
-            self._intents.append((key,))
+            worst = worst_usage(request)
+            price = cost_usd(self._config, worst)
+            self._intents.append((key, worst.prompt_tokens, worst.completion_tokens, price))
             await self._write_soon()
             reply = await self._inner.generate(request)
-            usage = reply.usage
+            self.num_calls += 1
+            usage, price = reply.usage, cost_usd(self._config, reply.usage)
             self._rows.append(
-                (key, reply.text, reply.finish, reply.model, usage.prompt_tokens, usage.completion_tokens)
+                (key, reply.text, reply.finish, reply.model, usage.prompt_tokens, usage.completion_tokens, price)
             )
             await self._write_soon()
             return reply
@@ -99,8 +107,8 @@ class CachedLLM:
         rows, self._rows = self._rows, []
         self._commit = None
         self._db.execute("BEGIN IMMEDIATE")
-        self._db.executemany("INSERT OR IGNORE INTO sent VALUES (?)", intents)
-        self._db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?)", rows)
+        self._db.executemany("INSERT OR IGNORE INTO sent VALUES (?, ?, ?, ?)", intents)
+        self._db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         self._db.execute("COMMIT")
 
     async def score(self, prompt: str, continuation: str) -> float:
@@ -116,6 +124,22 @@ class CachedLLM:
         await self._inner.close()
 
 
-def identity_text(identity: Mapping[str, Any]) -> str:
-    """An identity in one line, for provenance."""
-    return json.dumps(dict(identity), sort_keys=True, separators=(",", ":"))
+def paid_in(path: Path) -> Account:
+    """What the replies kept in `path` were charged, ever, and what interrupted calls may have been."""
+    if not path.is_file():
+        return Account()
+    db = sqlite3.connect(f"file:{path}?mode=rw", uri=True)  # not "ro": a kill may have left a journal to roll back
+    try:
+        if db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'lost'").fetchone()[0] == 0:
+            return Account()  # killed before its tables were made
+        kept = db.execute(_SPENT + "replies").fetchone()
+        lost = db.execute(_SPENT + "lost").fetchone()
+        sent = db.execute(_SPENT + "sent WHERE key NOT IN (SELECT key FROM replies)").fetchone()
+    finally:
+        db.close()
+    account = Account()
+    for (count, prompt, completion, price), is_lost in ((kept, False), (lost, True), (sent, True)):
+        usage = Usage(prompt_tokens=int(prompt), completion_tokens=int(completion))
+        calls, lost_calls = (0, count) if is_lost else (count, 0)
+        account += Account(calls=calls, lost_calls=lost_calls, usage=usage, cost_usd=price)
+    return account
