@@ -1,0 +1,1 @@
+"""Hand-written accelerator kernels, each folder one operation: api, definition, plan, kernels, block sizes."""

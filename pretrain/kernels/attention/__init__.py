@@ -1,0 +1,1 @@
+"""Attention for packed rows: one public function, several implementations, one definition."""

@@ -1,0 +1,198 @@
+"""The packing plan: which keys each query may see, as one range per query, and which blocks that makes.
+
+In a causal row of contiguous documents query t sees exactly the keys [k_lo(t), t] and key j is seen by exactly the
+queries [j, q_hi(j)]. Both never decrease along the row, so the blocks that a tile has to visit are one interval, and
+the blocks that need no mask are another inside it. The plan costs O(B·T) and is made once a batch, outside the layers.
+
+B rows, T query time, S key time.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from pretrain.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What attention means, apart from the packing: static and hashable.
+
+    `window` counts the query itself: query t sees keys in (t - window, t]. Without `causal` the window is two-sided.
+    `scale` defaults to 1/sqrt(H). `softcap` c replaces a score s by c·tanh(s/c).
+    """
+
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window counts the query itself and must be >= 1, got {self.window}; use None for none")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ConfigError(f"softcap must be > 0, got {self.softcap}; use None for none")
+        if self.scale is not None and not self.scale > 0:
+            raise ConfigError(f"scale must be > 0, got {self.scale}; use None for 1/sqrt(head width)")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["k_lo_BT", "q_hi_BS"], meta_fields=["causal", "window"]
+)
+@dataclasses.dataclass(frozen=True)
+class PackPlan:
+    """Key and query ranges of a batch of rows, int32; positions are rows of the key sequence.
+
+    k_lo_BT: first key that a query may see. q_hi_BS: last query that may see a key. Without `causal`, query t sees
+    keys [k_lo(t), q_hi(t)]: the relation is symmetric.
+    """
+
+    k_lo_BT: Array
+    q_hi_BS: Array
+    causal: bool = True
+    window: int | None = None
+
+    def rows(self, q_offset: int | Array, num_queries: int) -> "PackPlan":
+        """The plan of the queries [q_offset, q_offset + num_queries) against all keys."""
+        if isinstance(q_offset, int) and q_offset == 0 and num_queries == self.k_lo_BT.shape[1]:
+            return self
+        k_lo_BT = lax.dynamic_slice_in_dim(self.k_lo_BT, q_offset, num_queries, axis=1)
+        return dataclasses.replace(self, k_lo_BT=k_lo_BT)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["lo", "full_lo", "full_hi", "hi"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Half-open block ranges, int32 [B, blocks]: [lo, hi) holds an allowed pair, [full_lo, full_hi) nothing else.
+
+    0 <= lo <= full_lo <= full_hi <= hi, and lo == hi is an empty range.
+    """
+
+    lo: Array
+    full_lo: Array
+    full_hi: Array
+    hi: Array
+
+
+def make_plan(
+    segment_ids_BS: Int[Array, "B S"] | np.ndarray | None,
+    spec: AttentionSpec,
+    *,
+    seq_len: int,
+    batch: int = 1,
+    pad_id: int | None = 0,
+) -> PackPlan:
+    """The plan of a batch. Runs of equal ids are documents; positions with `pad_id` see only themselves.
+
+    Without segment ids every row is one document of `seq_len` and the plan has `batch` rows.
+    Raises ConfigError on ids that decrease along a row, where they are known before tracing.
+    """
+    if segment_ids_BS is None:
+        pos_BS = jnp.broadcast_to(jnp.arange(seq_len, dtype=jnp.int32)[None], (batch, seq_len))
+        start_BS, end_BS = jnp.zeros_like(pos_BS), jnp.full_like(pos_BS, seq_len - 1)
+        pad_BS = jnp.zeros(pos_BS.shape, bool)
+    else:
+        if segment_ids_BS.ndim != 2 or segment_ids_BS.shape[1] != seq_len:
+            raise ConfigError(
+                f"segment ids must have shape [B, {seq_len}], got {segment_ids_BS.shape}; give one id for each key"
+            )
+        if not jnp.issubdtype(segment_ids_BS.dtype, jnp.integer):
+            raise ConfigError(f"segment ids must be integers, got {segment_ids_BS.dtype}; cast them to int32")
+        if not isinstance(segment_ids_BS, jax.core.Tracer):
+            check_segments(np.asarray(segment_ids_BS), pad_id=pad_id)
+        segment_ids_BS = jnp.asarray(segment_ids_BS)
+        pos_BS = jnp.broadcast_to(jnp.arange(seq_len, dtype=jnp.int32)[None], segment_ids_BS.shape)
+        changed = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
+        edge = jnp.ones_like(changed[:, :1], shape=(changed.shape[0], 1))
+        first_BS = jnp.concatenate([edge, changed], axis=1)
+        last_BS = jnp.concatenate([changed, edge], axis=1)
+        start_BS = lax.cummax(jnp.where(first_BS, pos_BS, 0), axis=1)
+        end_BS = lax.cummin(jnp.where(last_BS, pos_BS, seq_len - 1), axis=1, reverse=True)
+        pad_BS = jnp.zeros(pos_BS.shape, bool) if pad_id is None else segment_ids_BS == pad_id
+    if spec.window is not None:
+        # A window longer than the row is no window; the minimum also keeps int32 from overflowing.
+        window = min(spec.window, seq_len)
+        start_BS = jnp.maximum(start_BS, pos_BS - (window - 1))
+        end_BS = jnp.minimum(end_BS, pos_BS + (window - 1))
+    return PackPlan(
+        jnp.where(pad_BS, pos_BS, start_BS), jnp.where(pad_BS, pos_BS, end_BS), spec.causal, spec.window
+    )
+
+
+def check_segments(segment_ids_BS: np.ndarray, *, pad_id: int | None = 0) -> None:
+    """Refuses rows whose ids decrease or whose padding splits a document; a host check, O(B·S).
+
+    Raises ConfigError that names the first offending place.
+    """
+    changed = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
+    real = np.ones_like(segment_ids_BS, bool) if pad_id is None else segment_ids_BS != pad_id
+    lowest = np.iinfo(np.int64).min
+    seen = np.maximum.accumulate(np.where(real, segment_ids_BS.astype(np.int64), lowest), axis=1)
+    # At the start of a run the id must be above everything before it: equal means a document that comes back.
+    bad = changed & real[:, 1:] & (segment_ids_BS[:, 1:] <= seen[:, :-1])
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise ConfigError(
+            f"segment ids must be sorted along a row, got {int(segment_ids_BS[row, column + 1])} at [{row}, "
+            f"{column + 1}] after {int(seen[row, column])}; number the documents of a row 1, 2, ... in order"
+        )
+
+
+def block_bounds(
+    plan: PackPlan, *, block_q: int, block_k: int, side: str, q_offset: int | Array = 0
+) -> Bounds:
+    """Block ranges for each query block (side "q": over key blocks) or key block (side "k": over query blocks).
+
+    `plan` holds the local queries (`PackPlan.rows`); they sit at q_offset.. of the key sequence. T and S must be
+    multiples of the blocks. Causal plans only. Exact: no block is visited in vain (tests/../test_plan.py).
+    """
+    if not plan.causal:
+        raise ConfigError("block bounds exist for causal plans only, got causal=False; use impl='xla'")
+    num_q, num_k = plan.k_lo_BT.shape[1] // block_q, plan.q_hi_BS.shape[1] // block_k
+    offset = jnp.asarray(q_offset, jnp.int32)
+    if side == "q":
+        first = jnp.arange(num_q, dtype=jnp.int32)[None] * block_q + offset
+        k_lo = plan.k_lo_BT.reshape(plan.k_lo_BT.shape[0], num_q, block_q)
+        lo = k_lo.min(axis=-1) // block_k
+        hi = jnp.minimum((first + (block_q - 1)) // block_k + 1, num_k)
+        full_lo = -(-k_lo.max(axis=-1) // block_k)
+        full_hi = (first + 1) // block_k
+        limit = num_k
+    elif side == "k":
+        first = jnp.arange(num_k, dtype=jnp.int32)[None] * block_k
+        q_hi = plan.q_hi_BS.reshape(plan.q_hi_BS.shape[0], num_k, block_k)
+        lo = jnp.maximum(first - offset, 0) // block_q
+        hi = jnp.minimum((q_hi.max(axis=-1) - offset) // block_q + 1, num_q)
+        full_lo = -(-(first + (block_k - 1) - offset) // block_q)
+        full_hi = (q_hi.min(axis=-1) + 1 - offset) // block_q
+        limit = num_q
+    else:
+        raise ConfigError(f"side must be 'q' or 'k', got {side!r}; see block_bounds")
+    lo = jnp.broadcast_to(jnp.clip(lo, 0, limit), hi.shape if lo.shape[0] == 1 else lo.shape)
+    hi = jnp.broadcast_to(jnp.clip(hi, lo, limit), lo.shape)
+    full_lo = jnp.clip(full_lo, lo, hi)
+    full_hi = jnp.clip(full_hi, full_lo, hi)
+    return Bounds(lo, full_lo, full_hi, hi)
+
+
+def allowed_BTS(plan: PackPlan, q_offset: int | Array, num_keys: int) -> Bool[Array, "B T S"]:
+    """The mask itself, for the dense path and the tests; O(B·T·S) booleans."""
+    q_pos_T = jnp.arange(plan.k_lo_BT.shape[1], dtype=jnp.int32) + jnp.asarray(q_offset, jnp.int32)
+    k_pos_S = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
+    if plan.causal:
+        last_BT = jnp.broadcast_to(q_pos_T[None], plan.k_lo_BT.shape)
+    else:
+        last_BT = lax.dynamic_slice_in_dim(plan.q_hi_BS, q_offset, plan.k_lo_BT.shape[1], axis=1)
+    return (k_pos_S >= plan.k_lo_BT[:, :, None]) & (k_pos_S <= last_BT[:, :, None])
+
+
+def visited_blocks(plan: PackPlan, *, block_q: int, block_k: int) -> Int[Array, " B"]:
+    """Blocks that a forward visits in each row of the plan, for reports: compare with a plan without segments."""
+    bounds = block_bounds(plan, block_q=block_q, block_k=block_k, side="q")
+    return (bounds.hi - bounds.lo).sum(axis=1)
