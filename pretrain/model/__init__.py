@@ -1,0 +1,1 @@
+"""The decoder: its layers, its mixture of experts, its key-value cache."""

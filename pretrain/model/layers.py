@@ -1,0 +1,264 @@
+"""The parts of a decoder block: norms, rotary embedding, attention projections, gated feed-forward.
+
+B batch rows, T query time, S key time, D model width, N query heads, K key-value heads, H head width,
+F hidden width, V vocabulary, L layers. Weights are float32; computing happens in `dtype`, norms and rotary
+angles in float32.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pretrain.config import ConfigError
+from pretrain.sharding import Dims, activation_spec, place, use_weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParamSpec:
+    """What a parameter is: its logical dims, its role for the optimizer, which dims are input and output."""
+
+    dims: Dims
+    role: Literal["embedding", "matrix", "head", "vector"]
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+# By the last name in a parameter's path. Parameters of blocks carry one more dim, layers, in front.
+PARAM_SPECS = {
+    "embedding": ParamSpec(dims=("vocab", "embed"), role="embedding", inputs=(0,), outputs=(1,)),
+    "kernel": ParamSpec(dims=("embed", "vocab"), role="head", inputs=(0,), outputs=(1,)),
+    "query": ParamSpec(dims=("embed", "heads", None), role="matrix", inputs=(0,), outputs=(1, 2)),
+    "key": ParamSpec(dims=("embed", "kv_heads", None), role="matrix", inputs=(0,), outputs=(1, 2)),
+    "value": ParamSpec(dims=("embed", "kv_heads", None), role="matrix", inputs=(0,), outputs=(1, 2)),
+    "out": ParamSpec(dims=("heads", None, "embed"), role="matrix", inputs=(0, 1), outputs=(2,)),
+    # Gate and up are one array for one matmul, but two matrices for Muon: the middle dim is a batch.
+    "gate_up": ParamSpec(dims=("embed", None, "mlp"), role="matrix", inputs=(0,), outputs=(2,)),
+    "down": ParamSpec(dims=("mlp", "embed"), role="matrix", inputs=(0,), outputs=(1,)),
+    "query_bias": ParamSpec(dims=("heads", None), role="vector"),
+    "key_bias": ParamSpec(dims=("kv_heads", None), role="vector"),
+    "value_bias": ParamSpec(dims=("kv_heads", None), role="vector"),
+    "scale": ParamSpec(dims=(None,), role="vector"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """All rotary frequencies divided by `factor` (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1 release code)."""
+
+    factor: float = 8.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864), half-split layout as in Llama and Hugging Face."""
+
+    theta: float = 10_000.0
+    scaling: LinearScaling | Llama3Scaling | None = None
+
+    def frequencies(self, head_width: int) -> Float[Array, "H/2"]:
+        """Radians per position, float32."""
+        exponent = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
+        frequency = 1.0 / jnp.power(jnp.float32(self.theta), exponent)
+        if isinstance(self.scaling, LinearScaling):
+            return frequency / self.scaling.factor
+        if isinstance(self.scaling, Llama3Scaling):
+            s = self.scaling
+            turns = s.original_length * frequency / (2 * math.pi)
+            ramp = (turns - s.low_frequency_factor) / (s.high_frequency_factor - s.low_frequency_factor)
+            keep = jnp.clip(ramp, 0.0, 1.0)
+            return keep * frequency + (1 - keep) * frequency / s.factor
+        return frequency
+
+    def tables(self, positions_BT: Int[Array, "B T"], head_width: int) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine, each [B, T, 1, H/2] in float32; made once per batch, shared by all layers."""
+        frequency = self.frequencies(head_width)
+        angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH: Float[Array, "B T N H"], tables: tuple[jax.Array, jax.Array]) -> Float[Array, "B T N H"]:
+    """Apply rotary tables to queries or keys, in float32."""
+    cos, sin = tables
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+def contract(equation: str, x: jax.Array, weight: jax.Array, dims: Dims, shape: tuple[int, ...]) -> jax.Array:
+    """An einsum whose result lies as the activation table says (`dims`, `shape` are the result's)."""
+    return jnp.einsum(equation, x, weight, out_sharding=activation_spec(dims, shape))
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last dim, in float32."""
+
+    def __init__(self, width: int, *, eps: float, plus_one: bool):
+        # Gemma stores the scale minus one, so that weight decay pulls it to the identity.
+        self.scale = nnx.Param((jnp.zeros if plus_one else jnp.ones)((width,), jnp.float32))
+        self.eps, self.plus_one = eps, plus_one
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        scale = self.scale[...] + 1.0 if self.plus_one else self.scale[...]
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv 2305.13245): projections, qk-norm, rotary; the product itself is passed in."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_width: int,
+        qk_norm: bool,
+        qkv_bias: bool,
+        norm_eps: float,
+        norm_plus_one: bool,
+        out_std_factor: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        D, N, K, H = width, num_heads, num_kv_heads, head_width
+        self.query = _normal(rngs, (D, N, H), D**-0.5)
+        self.key = _normal(rngs, (D, K, H), D**-0.5)
+        self.value = _normal(rngs, (D, K, H), D**-0.5)
+        self.out = _normal(rngs, (N, H, D), out_std_factor * (N * H) ** -0.5)
+        self.qkv_bias, self.qk_norm, self.dtype = qkv_bias, qk_norm, dtype
+        if qkv_bias:
+            self.query_bias = nnx.Param(jnp.zeros((N, H), jnp.float32))
+            self.key_bias = nnx.Param(jnp.zeros((K, H), jnp.float32))
+            self.value_bias = nnx.Param(jnp.zeros((K, H), jnp.float32))
+        if qk_norm:
+            self.query_norm = RMSNorm(H, eps=norm_eps, plus_one=norm_plus_one)
+            self.key_norm = RMSNorm(H, eps=norm_eps, plus_one=norm_plus_one)
+
+    def project(
+        self, x_BTD: Float[Array, "B T D"], tables: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normed and rotated."""
+        q, k, v = (
+            self._projection(x_BTD, weight, name)
+            for weight, name in ((self.query, "heads"), (self.key, "kv_heads"), (self.value, "kv_heads"))
+        )
+        if self.qkv_bias:
+            q = q + use_weight(self.query_bias[...], ("heads", None), self.dtype)[None, None]
+            k = k + use_weight(self.key_bias[...], ("kv_heads", None), self.dtype)[None, None]
+            v = v + use_weight(self.value_bias[...], ("kv_heads", None), self.dtype)[None, None]
+        if self.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return rotate(q, tables), rotate(k, tables), v
+
+    def _projection(self, x_BTD: jax.Array, weight: nnx.Param, heads: str) -> jax.Array:
+        w = use_weight(weight[...], ("embed", heads, None), self.dtype)
+        shape = (*x_BTD.shape[:2], *w.shape[1:])
+        return contract("btd,dnh->btnh", x_BTD, w, ("batch", "time", heads, None), shape)
+
+    def finish(self, o_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The output projection."""
+        w = use_weight(self.out[...], ("heads", None, "embed"), self.dtype)
+        shape = (*o_BTNH.shape[:2], w.shape[-1])
+        return contract("btnh,nhd->btd", o_BTNH, w, ("batch", "time", None), shape)
+
+
+class Mlp(nnx.Module):
+    """Gated feed-forward (arXiv 2002.05202): silu for Llama and Qwen, tanh-gelu for Gemma."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden_width: int,
+        activation: str,
+        out_std_factor: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        D, F = width, hidden_width
+        self.gate_up = _normal(rngs, (D, 2, F), D**-0.5)
+        self.down = _normal(rngs, (F, D), out_std_factor * F**-0.5)
+        self.activation, self.dtype = activation, dtype
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate_up = use_weight(self.gate_up[...], ("embed", None, "mlp"), self.dtype)
+        down = use_weight(self.down[...], ("mlp", "embed"), self.dtype)
+        B, T, _ = x_BTD.shape
+        both = contract(
+            "btd,dcf->btcf", x_BTD, gate_up, ("batch", "time", None, "mlp"), (B, T, 2, down.shape[0])
+        )
+        hidden = activate(self.activation, both[:, :, 0]) * both[:, :, 1]
+        return contract("btf,fd->btd", hidden, down, ("batch", "time", None), (B, T, down.shape[1]))
+
+
+def activate(name: str, x: jax.Array) -> jax.Array:
+    """The gate's nonlinearity.
+
+    Raises:
+      ConfigError: an unknown name.
+    """
+    match name:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+    raise ConfigError(f"model.activation must be silu or gelu_tanh, got {name!r}")
+
+
+class Embedding(nnx.Module):
+    """Token vectors: a gather from the table, or from each device's part of the vocabulary."""
+
+    def __init__(self, *, vocab_size: int, width: int, std: float, rngs: nnx.Rngs):
+        self.embedding = _normal(rngs, (vocab_size, width), std)
+
+
+def look_up(
+    embedding_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: Any
+) -> Float[Array, "B T D"]:
+    """Token vectors in `dtype`; with the vocabulary split over tensor, a masked local gather and a psum."""
+    table = use_weight(embedding_VD, ("vocab", "embed"), dtype)
+    shape = (*tokens_BT.shape, table.shape[1])
+    out = activation_spec(("batch", "time", None), shape)
+    rows = activation_spec(("vocab", None), table.shape)
+    if rows is None:
+        return jnp.take(table, tokens_BT, axis=0, mode="clip")
+    if rows[0] is None:
+        return table.at[tokens_BT].get(mode="clip", out_sharding=out)
+    ids = activation_spec(("batch", "time"), tokens_BT.shape)
+
+    def local(table_vD: jax.Array, tokens: jax.Array) -> jax.Array:
+        first = jax.lax.axis_index(rows[0]) * table_vD.shape[0]
+        here = (tokens >= first) & (tokens < first + table_vD.shape[0])
+        found = jnp.take(table_vD, jnp.where(here, tokens - first, 0), axis=0)
+        return jax.lax.psum(jnp.where(here[:, :, None], found, jnp.zeros_like(found)), rows[0])
+
+    return jax.shard_map(local, in_specs=(rows, ids), out_specs=out)(
+        table, place(tokens_BT, ("batch", "time"))
+    )
+
+
+def name_for_remat(x: jax.Array, name: str) -> jax.Array:
+    """Mark a value that a remat policy may keep."""
+    return checkpoint_name(x, name)

@@ -1,0 +1,345 @@
+"""The decoder: defined in flax NNX, run as a pure function of a plain nested dict of arrays.
+
+NNX builds the parameters (blocks under `nnx.vmap`, so their arrays carry a leading layers dim) and turns one
+layer's arrays back into a block inside the scan. Everything else sees a dict, whose names do not depend on NNX.
+
+Letters as in layers.py: B T S D N K H F V L.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from pretrain.config import ConfigError, local
+from pretrain.kernels.attention.api import AttentionSpec, attention
+from pretrain.kernels.attention.plan import PackPlan, make_plan
+from pretrain.model.layers import (
+    PARAM_SPECS,
+    Attention,
+    Embedding,
+    Mlp,
+    ParamSpec,
+    RMSNorm,
+    Rope,
+    look_up,
+)
+from pretrain.sharding import place, shardings_of, use_weight
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """One entry of the layer pattern: attention over the whole document or over a window of rows."""
+
+    window: int | None = None
+    rope: Rope = Rope()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and mathematics of a decoder; the vocabulary comes from the tokenizer."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    hidden_width: int
+    # The kinds of layers, repeated from the first layer on; Gemma 3 is five windows and one global.
+    layer_pattern: tuple[LayerKind, ...] = (LayerKind(),)
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    # Marin's 32B left a regime of loss spikes only through qk-norm; imports of Llama and Qwen 2 turn it off.
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    tied_head: bool = False
+    embed_scale: bool = False
+    norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    post_norms: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    # Width transfer (muP, arXiv 2203.03466): hyperparameters were chosen at this width. None turns it off.
+    base_width: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention_impl: str = local("auto")
+    scan_layers: bool = local(True)
+    remat: Literal["full", "save_attention", "none"] = local("none")
+
+    def __post_init__(self):
+        faults = []
+        for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_width", "hidden_width"):
+            if getattr(self, name) < 1:
+                faults.append(f"model.{name} must be positive, got {getattr(self, name)}")
+        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
+            faults.append(
+                f"model.num_heads must be a multiple of model.num_kv_heads, got {self.num_heads} and "
+                f"{self.num_kv_heads}"
+            )
+        if self.head_width % 2:
+            faults.append(f"model.head_width must be even for rotary embedding, got {self.head_width}")
+        if not self.layer_pattern:
+            faults.append("model.layer_pattern must name at least one LayerKind, got ()")
+        for name, allowed in (
+            ("activation", ("silu", "gelu_tanh")),
+            ("dtype", ("float32", "bfloat16")),
+            ("remat", ("full", "save_attention", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                faults.append(
+                    f"model.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if faults:
+            raise ConfigError(*faults)
+
+    @property
+    def width_multiplier(self) -> float:
+        """m = width / base_width, or 1 without width transfer."""
+        return 1.0 if self.base_width is None else self.width / self.base_width
+
+    def kind(self, layer: int) -> LayerKind:
+        """The kind of layer `layer`."""
+        return self.layer_pattern[layer % len(self.layer_pattern)]
+
+    def spec(self, kind: LayerKind) -> AttentionSpec:
+        """What the attention op is asked for in layers of this kind."""
+        return AttentionSpec(
+            causal=True, window=kind.window, softcap=self.attention_softcap, scale=self.attention_scale
+        )
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c = config
+        norm = functools.partial(RMSNorm, c.width, eps=c.norm_eps, plus_one=c.norm_plus_one)
+        # Two residual branches a layer: their sum keeps unit scale at any depth.
+        out_std_factor = (2 * c.num_layers) ** -0.5
+        self.attention_norm = norm()
+        self.attention = Attention(
+            width=c.width,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_width=c.head_width,
+            qk_norm=c.qk_norm,
+            qkv_bias=c.qkv_bias,
+            norm_eps=c.norm_eps,
+            norm_plus_one=c.norm_plus_one,
+            out_std_factor=out_std_factor,
+            dtype=c.dtype,
+            rngs=rngs,
+        )
+        self.mlp_norm = norm()
+        self.mlp = Mlp(
+            width=c.width,
+            hidden_width=c.hidden_width,
+            activation=c.activation,
+            out_std_factor=out_std_factor,
+            dtype=c.dtype,
+            rngs=rngs,
+        )
+        self.post_norms = c.post_norms
+        if c.post_norms:
+            self.post_attention_norm = norm()
+            self.post_mlp_norm = norm()
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], tables: Any, attend: Any) -> Float[Array, "B T D"]:
+        """`tables` are the rotary tables, `attend(q, k, v)` the attention product for this kind of layer."""
+        q, k, v = self.attention.project(self.attention_norm(x_BTD), tables)
+        branch = self.attention.finish(attend(q, k, v))
+        x_BTD = x_BTD + (self.post_attention_norm(branch) if self.post_norms else branch)
+        branch = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + (self.post_mlp_norm(branch) if self.post_norms else branch)
+
+
+class Head(nnx.Module):
+    """The matrix from hidden vectors to logits; the product lives in loss.py, in chunks."""
+
+    def __init__(self, *, width: int, vocab_size: int, std: float, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (width, vocab_size), jnp.float32))
+
+
+class Decoder(nnx.Module):
+    """All parameters of the model."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+        # With embed_scale the lookup is multiplied by sqrt(D), so this makes unit vectors per coordinate.
+        embed_std = config.width**-0.5 if config.embed_scale else 0.02
+        self.embed = Embedding(vocab_size=vocab_size, width=config.width, std=embed_std, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs)
+
+        self.blocks = make_blocks(rngs)
+        self.final_norm = RMSNorm(config.width, eps=config.norm_eps, plus_one=config.norm_plus_one)
+        if not config.tied_head:
+            self.head = Head(width=config.width, vocab_size=vocab_size, std=0.02, rngs=rngs)
+
+
+def _make_params(config: ModelConfig, vocab_size: int, seed: jax.Array) -> Params:
+    decoder = Decoder(config, vocab_size, nnx.Rngs(params=jax.random.key(seed)))
+    return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+
+
+def abstract_params(config: ModelConfig, vocab_size: int) -> Params:
+    """Shapes and dtypes of the parameters, nothing allocated."""
+    return jax.eval_shape(functools.partial(_make_params, config, vocab_size), jnp.uint32(0))
+
+
+def init_params(config: ModelConfig, vocab_size: int, seed: int, mesh: Mesh | None = None) -> Params:
+    """Freshly drawn float32 parameters, a nested dict; the values do not depend on the mesh.
+
+    With a mesh every device makes only its own part.
+    """
+    make = functools.partial(_make_params, config, vocab_size)
+    shardings = None if mesh is None else param_shardings(abstract_params(config, vocab_size), mesh)
+    return jax.jit(make, out_shardings=shardings)(jnp.uint32(seed % 2**32))
+
+
+def param_specs(params: Params) -> Any:
+    """The ParamSpec of every parameter, as a tree; those of blocks say layers first."""
+
+    def spec(path: tuple[Any, ...], value: Any) -> ParamSpec:
+        names = [entry.key for entry in path]
+        found = PARAM_SPECS[names[-1]]
+        if names[0] == "blocks":
+            found = dataclasses.replace(
+                found,
+                dims=("layers", *found.dims),
+                inputs=tuple(i + 1 for i in found.inputs),
+                outputs=tuple(i + 1 for i in found.outputs),
+            )
+        assert len(found.dims) == value.ndim, (names, found.dims, value.shape)
+        return found
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def param_shardings(params: Params, mesh: Mesh) -> Any:
+    """The resting layout of every parameter (values or shapes) on `mesh`.
+
+    Raises:
+      ConfigError: a mesh axis does not divide the dim it splits.
+    """
+    dims = jax.tree.map(
+        lambda spec: spec.dims, param_specs(params), is_leaf=lambda x: isinstance(x, ParamSpec)
+    )
+    return shardings_of(dims, params, mesh)
+
+
+@functools.cache
+def _block_definition(config: ModelConfig) -> Any:
+    """The static half of a block; arrays come from the scan."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0))))
+
+
+def _remat(config: ModelConfig, function: Any) -> Any:
+    match config.remat:
+        case "none":
+            return function
+        case "full":
+            policy = jax.checkpoint_policies.nothing_saveable
+        case "save_attention":
+            policy = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+    # Inside a scan the barrier against common subexpressions is not needed and costs time.
+    return jax.checkpoint(function, policy=policy, prevent_cse=not config.scan_layers)
+
+
+def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
+    """(x, arrays of one layer, tables, plan) -> x, for layers of `kind`."""
+    definition = _block_definition(config)
+    spec = config.spec(kind)
+
+    def run(x_BTD: jax.Array, layer: Params, tables: Any, plan: PackPlan | None) -> jax.Array:
+        block = nnx.merge(definition, layer)
+        return block(x_BTD, tables, lambda q, k, v: attention(q, k, v, plan=plan, spec=spec, impl=impl))
+
+    return _remat(config, run)
+
+
+def _run_blocks(
+    config: ModelConfig,
+    blocks: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: Any,
+    impl: str,
+) -> jax.Array:
+    pattern = config.layer_pattern
+    plan_of = {
+        kind.window: make_plan(segment_ids_BT, config.spec(kind), seq_len=x_BTD.shape[1]) for kind in pattern
+    }
+    tables_of = {kind.rope: kind.rope.tables(positions_BT, config.head_width) for kind in pattern}
+    functions = {kind: _layer_function(config, kind, impl) for kind in pattern}
+
+    def step(x: jax.Array, layer: Params, kind: LayerKind) -> jax.Array:
+        return functions[kind](x, layer, tables_of[kind.rope], plan_of[kind.window])
+
+    # The scan runs over whole periods of the pattern; layers left over at the end follow one by one.
+    period = len(pattern)
+    num_periods = config.num_layers // period if config.scan_layers else 0
+    scanned = num_periods * period
+    if num_periods:
+        grouped = jax.tree.map(lambda a: a[:scanned].reshape(num_periods, period, *a.shape[1:]), blocks)
+
+        def body(x: jax.Array, layers: Params) -> tuple[jax.Array, None]:
+            for i, kind in enumerate(pattern):
+                x = step(x, jax.tree.map(lambda a, i=i: a[i], layers), kind)
+            return x, None
+
+        x_BTD, _ = jax.lax.scan(body, x_BTD, grouped)
+    for i in range(scanned, config.num_layers):
+        x_BTD = step(x_BTD, jax.tree.map(lambda a, i=i: a[i], blocks), config.kind(i))
+    return x_BTD
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"] | None,
+    *,
+    attention_impl: str | None = None,
+) -> Float[Array, "B T D"]:
+    """Hidden vectors before the head, in the compute dtype, already divided for width transfer.
+
+    `segment_ids_BT` are 1, 2, .. per document and 0 on padding; None is one document per row. Memory holds
+    no [B, T, V] array; see loss.cross_entropy and `logits`.
+    """
+    c = config
+    x_BTD = look_up(params["embed"]["embedding"], tokens_BT, c.dtype)
+    if c.embed_scale:
+        x_BTD = x_BTD * jnp.asarray(math.sqrt(c.width), x_BTD.dtype)
+    impl = c.attention_impl if attention_impl is None else attention_impl
+    x_BTD = _run_blocks(c, params["blocks"], x_BTD, positions_BT, segment_ids_BT, impl)
+    norm = RMSNorm(c.width, eps=c.norm_eps, plus_one=c.norm_plus_one)
+    nnx.update(norm, params["final_norm"])
+    x_BTD = norm(x_BTD)
+    # The head's 1/m sits here: a tied table has one role as a lookup and another as a head.
+    return x_BTD if c.base_width is None else x_BTD * jnp.asarray(1 / c.width_multiplier, x_BTD.dtype)
+
+
+def head_DV(params: Params, config: ModelConfig) -> Float[Array, "D V"]:
+    """The head matrix in its resting layout; a view of the lookup table when tied."""
+    return params["embed"]["embedding"].T if config.tied_head else params["head"]["kernel"]
+
+
+def logits(hidden_BTD: Float[Array, "B T D"], params: Params, config: ModelConfig) -> Float[Array, "B T V"]:
+    """All logits in float32, soft cap applied; for sampling and tests, it allocates [B, T, V]."""
+    head = use_weight(head_DV(params, config), ("embed", "vocab"), hidden_BTD.dtype)
+    hidden_BTD = place(hidden_BTD, ("batch", None, None))
+    out = jnp.einsum("btd,dv->btv", hidden_BTD, head, preferred_element_type=jnp.float32)
+    cap = config.final_softcap
+    return out if cap is None else cap * jnp.tanh(out / cap)

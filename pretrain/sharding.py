@@ -1,0 +1,207 @@
+"""Five mesh axes, always present, and two tables that say which axes a logical dim is split over.
+
+Weights rest in the layout of PARAM_RULES and are used in the layout of ACTIVATION_RULES; the way from one to
+the other is `use_weight`, the only place where a weight is gathered (ZeRO-3, arXiv 1910.02054). Axes are of
+explicit type: shardings are part of an array's type, so a contraction that would be ambiguous is an error at
+trace time and not a surprise in the profile. Without a mesh in scope every function here is the identity,
+so the model runs unchanged on one device.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pretrain.config import ConfigError
+
+# replica is the only axis that may cross slices or slow links.
+AXES = ("replica", "fsdp", "context", "tensor", "expert")
+DATA_AXES = ("replica", "fsdp", "expert")
+
+Dims = tuple[str | None, ...]
+
+# How a weight rests. A dim that is not listed is not split.
+PARAM_RULES: Mapping[str, tuple[str, ...]] = {
+    "embed": ("fsdp", "expert"),
+    "expert_embed": ("fsdp",),  # weights of experts: the expert axis is taken by "experts"
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+}
+
+# How activations lie, and how a weight is laid out while it is used.
+ACTIVATION_RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": DATA_AXES,
+    "time": ("context",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+}
+
+# These dims stay whole where the axis does not divide them; all others raise.
+_WHOLE_IF_UNEVEN = frozenset({"kv_heads"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each axis takes; at most one axis may be -1, which takes what is left."""
+
+    replica: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    def __post_init__(self):
+        sizes = self.sizes
+        if any(size == 0 or size < -1 for size in sizes):
+            raise ConfigError(
+                f"mesh axes must be positive (or one of them -1 for the rest), got {self._text()}"
+            )
+        if sum(size == -1 for size in sizes) > 1:
+            raise ConfigError(f"at most one mesh axis may be -1, got {self._text()}; state the others")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes in the order of AXES."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    def _text(self) -> str:
+        return " ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
+
+    def resolve(self, num_devices: int) -> tuple[int, ...]:
+        """Sizes with -1 filled in.
+
+        Raises:
+          ConfigError: the axes do not multiply to `num_devices`.
+        """
+        given = int(np.prod([size for size in self.sizes if size != -1]))
+        filled = tuple(num_devices // given if size == -1 else size for size in self.sizes)
+        if int(np.prod(filled)) != num_devices:
+            raise ConfigError(
+                f"mesh axes must multiply to the number of devices, {num_devices}; got {self._text()}; "
+                "change mesh.fsdp or set it to -1"
+            )
+        return filled
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (all devices of the run by default), axes of explicit type.
+
+    Devices of several slices are ordered so that only `replica` crosses between slices.
+
+    Raises:
+      ConfigError: the axes do not multiply to the device count, or replica is not a multiple of the slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.resolve(len(devices))
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices > 1:
+        if sizes[0] % num_slices:
+            raise ConfigError(
+                f"mesh.replica must be a multiple of the number of slices, {num_slices}, got {sizes[0]}; "
+                f"set mesh.replica={num_slices}"
+            )
+        within = (sizes[0] // num_slices, *sizes[1:])
+        across = (num_slices, 1, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def axis_size(mesh: Any, axes: Sequence[str]) -> int:
+    """Product of the sizes of `axes`."""
+    return int(np.prod([mesh.shape[axis] for axis in axes], dtype=np.int64))
+
+
+def partition_spec(
+    dims: Dims, shape: Sequence[int], rules: Mapping[str, tuple[str, ...]], mesh: Any
+) -> PartitionSpec:
+    """Where an array with logical `dims` lies on `mesh`; axes of size one are left out.
+
+    Raises:
+      ConfigError: an axis does not divide the dim it splits.
+    """
+    assert len(dims) == len(shape), (dims, shape)
+    entries: list[tuple[str, ...] | str | None] = []
+    for dim, size in zip(dims, shape, strict=True):
+        axes = tuple(axis for axis in rules.get(dim or "", ()) if mesh.shape[axis] > 1)
+        parts = axis_size(mesh, axes)
+        if size % parts:
+            if dim not in _WHOLE_IF_UNEVEN:
+                raise ConfigError(
+                    f"{dim} must divide evenly over the mesh axes {', '.join(axes)} ({parts} parts), "
+                    f"got {size}; change the mesh or the size"
+                )
+            axes = ()
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*entries)
+
+
+def current_mesh() -> Any | None:
+    """The mesh in scope when it has more than one device, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def activation_spec(dims: Dims, shape: Sequence[int]) -> PartitionSpec | None:
+    """Layout of an activation on the mesh in scope, or None without one."""
+    mesh = current_mesh()
+    return None if mesh is None else partition_spec(dims, shape, ACTIVATION_RULES, mesh)
+
+
+def place(x: jax.Array, dims: Dims) -> jax.Array:
+    """Bring an activation into the layout of the table."""
+    spec = activation_spec(dims, x.shape)
+    return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def use_weight(weight: jax.Array, dims: Dims, dtype: Any) -> jax.Array:
+    """Cast a weight for computing and gather it from its resting layout; the transpose reduce-scatters.
+
+    The cast comes first, so that bfloat16 travels and not float32.
+    """
+    return place(weight.astype(dtype), dims)
+
+
+def shardings_of(dims_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings of parameters from trees of dims and of shaped values (same structure)."""
+
+    def sharding(dims: Dims, value: Any) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(dims, value.shape, PARAM_RULES, mesh))
+
+    return jax.tree.map(sharding, dims_tree, shapes_tree, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The layout of scalars: whole on every device, as global arrays."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+class OnMesh:
+    """A jitted function that is always traced and called with `mesh` in scope."""
+
+    def __init__(self, function: Any, mesh: Mesh | None):
+        self._function, self._mesh = function, mesh
+
+    def _scope(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self._scope():
+            return self._function(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        """As `jax.jit(f).lower`."""
+        with self._scope():
+            return self._function.lower(*arguments)

@@ -1,0 +1,258 @@
+"""One pure training step: (state, batch) -> (state, metrics), jitted, the state donated.
+
+A step that the health guard refuses changes no bit of parameters or optimizer state. Losses are sums; they are
+divided once, by the weight of the global batch, so the result does not depend on how it was cut into
+microbatches beyond rounding.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from pretrain.config import ConfigError
+from pretrain.data.batch import Batch
+from pretrain.health import HealthConfig, guard, init_health, keep_if
+from pretrain.loss import LossConfig, LossSums, cross_entropy
+from pretrain.model.transformer import (
+    ModelConfig,
+    Params,
+    abstract_params,
+    forward,
+    head_DV,
+    init_params,
+    param_shardings,
+)
+from pretrain.sharding import DATA_AXES, OnMesh, axis_size, place, replicated
+
+Metrics = dict[str, jax.Array]
+# (params, batch) -> sums with at least `objective` (differentiated) and `weight`; all of it adds up.
+LossFunction = Callable[[Params, Batch], LossSums]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "health"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step reads and writes; `step` counts batches consumed, skipped ones included."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    health: Any
+
+
+def language_model_loss(model: ModelConfig, loss: LossConfig, num_sources: int) -> LossFunction:
+    """Next-token loss of a batch."""
+
+    def loss_sums(params: Params, batch: Batch) -> LossSums:
+        hidden_BTD = forward(
+            params,
+            model,
+            batch.tokens_BT1[:, :-1],
+            batch.positions_BT1[:, :-1],
+            batch.segment_ids_BT1[:, :-1],
+        )
+        return cross_entropy(
+            hidden_BTD,
+            head_DV(params, model),
+            batch.tokens_BT1[:, 1:],
+            batch.weights_BT,
+            batch.source_B,
+            num_sources=num_sources,
+            z_weight=loss.z_weight,
+            chunk_tokens=loss.chunk_tokens,
+            softcap=model.final_softcap,
+        )
+
+    return loss_sums
+
+
+# --- the state ---------------------------------------------------------------------------------------
+
+
+def new_state(
+    params: Params, optimizer: optax.GradientTransformation, health: HealthConfig = HealthConfig()
+) -> TrainState:
+    """Step 0 with these parameters; traceable."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        health=init_health(health),
+    )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Layouts of a state (values or shapes): optimizer state lies as the parameter whose path ends its own."""
+    of_param = {
+        tuple(str(key) for key in path): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(param_shardings(state.params, mesh))
+    }
+    shapes = {
+        tuple(str(key) for key in path): value.shape
+        for path, value in jax.tree_util.tree_leaves_with_path(state.params)
+    }
+
+    def sharding(path: tuple[Any, ...], value: Any) -> Any:
+        names = tuple(str(key) for key in path)
+        for start in range(len(names)):
+            if shapes.get(names[start:]) == value.shape:
+                return of_param[names[start:]]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def abstract_state(
+    model: ModelConfig,
+    vocab_size: int,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    health: HealthConfig = HealthConfig(),
+) -> TrainState:
+    """Shapes, dtypes and layouts of the state, nothing allocated: what a checkpoint is restored into."""
+    params = abstract_params(model, vocab_size)
+    shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer, health=health), params)
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
+        shapes,
+        state_shardings(shapes, mesh),
+    )
+
+
+def init_state(
+    model: ModelConfig,
+    vocab_size: int,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh | None = None,
+    health: HealthConfig = HealthConfig(),
+    params: Params | None = None,
+) -> TrainState:
+    """A fresh state; with `params` (imported, restored) it starts from those."""
+    if params is None:
+        params = init_params(model, vocab_size, seed, mesh)
+    layouts = None
+    if mesh is not None:
+        layouts = jax.tree.map(
+            lambda s: s.sharding, abstract_state(model, vocab_size, optimizer, mesh, health)
+        )
+        params = jax.device_put(params, layouts.params)
+    make = functools.partial(new_state, optimizer=optimizer, health=health)
+    return jax.jit(make, out_shardings=layouts)(params)
+
+
+# --- the steps ---------------------------------------------------------------------------------------
+
+
+def _microbatches(batch: Batch, num_microbatches: int) -> Batch:
+    """[B, ..] -> [num_microbatches, B / num_microbatches, ..]; every device splits its own rows."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(-1, num_microbatches, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, batch)
+
+
+def _sums_and_gradient(
+    loss: LossFunction, params: Params, batch: Batch, num_microbatches: int
+) -> tuple[LossSums, Params]:
+    """Sums over the whole batch and the gradient of the summed objective."""
+
+    def objective(params: Params, part: Batch) -> tuple[jax.Array, LossSums]:
+        sums = loss(params, part)
+        return sums.objective, sums
+
+    gradient = jax.grad(objective, has_aux=True)
+
+    def both(part: Batch) -> tuple[LossSums, Params]:
+        grads, sums = gradient(params, part)
+        return sums, grads
+
+    if num_microbatches == 1:
+        return both(batch)
+    parts = _microbatches(batch, num_microbatches)
+    first = both(jax.tree.map(lambda x: x[0], parts))
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, both(part)), None
+
+    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], parts))[0]
+
+
+def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """total / weight, and 0 where nothing was weighed."""
+    return total / jnp.where(weight > 0, weight, 1.0)
+
+
+def make_train_step(
+    loss: LossFunction,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    mesh: Mesh | None = None,
+    num_microbatches: int = 1,
+    health: HealthConfig = HealthConfig(),
+    learning_rate: Callable[[jax.Array], jax.Array] | None = None,
+) -> OnMesh:
+    """The jitted step `(state, batch) -> (state, metrics)`; the state is donated, do not touch it afterwards.
+
+    Metrics: loss (nats per token), z, weight (target tokens), grad_norm, learning_rate, ok, skipped, reason
+    (index into health.REASONS), nll_by_source, weight_by_source.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        check_batch(batch, num_microbatches, mesh)
+        sums, grads = _sums_and_gradient(loss, state.params, batch, num_microbatches)
+        grads = jax.tree.map(lambda g: _mean(g, sums.weight), grads)
+        grad_norm = optax.tree.norm(grads)
+        guard_state, ok = guard(state.health, _mean(sums.objective, sums.weight), grad_norm, health)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+            params = optax.apply_updates(state.params, updates)
+        params, opt_state = keep_if(ok, (params, opt_state), (state.params, state.opt_state))
+        metrics = {
+            "loss": _mean(sums.nll, sums.weight),
+            "z": _mean(sums.z, sums.weight),
+            "weight": sums.weight,
+            "grad_norm": grad_norm,
+            "ok": ok,
+            "skipped": guard_state["skipped"],
+            "reason": guard_state["reason"],
+            "nll_by_source": sums.nll_by_source,
+            "weight_by_source": sums.weight_by_source,
+        }
+        if learning_rate is not None:
+            metrics["learning_rate"] = learning_rate(state.step)
+        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, health=guard_state)
+        return new, metrics
+
+    return OnMesh(jax.jit(train_step, donate_argnums=0), mesh)
+
+
+def make_eval_step(loss: LossFunction, *, mesh: Mesh | None = None) -> OnMesh:
+    """The jitted `(params, batch) -> LossSums`; add the sums of many batches, then divide."""
+    return OnMesh(jax.jit(loss), mesh)
+
+
+def check_batch(batch: Batch, num_microbatches: int, mesh: Mesh | None) -> None:
+    """Refuse a batch that cannot be split as asked.
+
+    Raises:
+      ConfigError: rows do not divide by microbatches times data-parallel devices.
+    """
+    rows = batch.tokens_BT1.shape[0]
+    devices = 1 if mesh is None else axis_size(mesh, DATA_AXES)
+    if rows % (num_microbatches * devices):
+        raise ConfigError(
+            f"data.batch_rows must be a multiple of microbatches times data-parallel devices, "
+            f"{num_microbatches} x {devices}, got {rows}"
+        )
