@@ -220,6 +220,8 @@ def smooth(y: Sequence[float], *, span: int) -> np.ndarray:
     """
     values = np.asarray(y, float)
     finite = np.isfinite(values)
+    if not len(values):
+        return values
     kernel = 1.0 - np.abs(np.arange(-span, span + 1)) / (span + 1)
     total = np.convolve(np.where(finite, values, 0.0), kernel)[span : span + len(values)]
     weight = np.convolve(finite.astype(float), kernel)[span : span + len(values)]

@@ -44,20 +44,15 @@ class _Ngrams:
     pair_counts: np.ndarray
 
     def parts_3X(self, keys_X: np.ndarray) -> np.ndarray:
-        """The uniform, unigram and bigram estimates of p(b|a), each in [0, 1]."""
+        """The uniform, unigram and bigram estimates of p(b|a); each sums to one over b."""
         previous_X, next_X = np.divmod(keys_X, self.vocab_size)
-        place_X = np.minimum(np.searchsorted(self.pair_keys, keys_X), max(0, len(self.pair_keys) - 1))
-        if len(self.pair_keys):
-            count_X = np.where(self.pair_keys[place_X] == keys_X, self.pair_counts[place_X], 0)
-        else:
-            count_X = np.zeros(len(keys_X))
-        return np.stack(
-            [
-                np.full(len(keys_X), 1.0 / self.vocab_size),
-                self.unigram_V[next_X] / max(1, self.num_tokens),
-                count_X / np.maximum(1, self.context_V[previous_X]),
-            ]
-        )
+        place_X = np.minimum(np.searchsorted(self.pair_keys, keys_X), len(self.pair_keys) - 1)
+        count_X = np.where(self.pair_keys[place_X] == keys_X, self.pair_counts[place_X], 0)
+        unigram_X = self.unigram_V[next_X] / self.num_tokens
+        context_X = self.context_V[previous_X]
+        # Nothing is known after a context that was never seen: its bigram is the unigram.
+        bigram_X = np.where(context_X > 0, count_X / np.maximum(1, context_X), unigram_X)
+        return np.stack([np.full(len(keys_X), 1.0 / self.vocab_size), unigram_X, bigram_X])
 
     def bucket_X(self, keys_X: np.ndarray) -> np.ndarray:
         count_X = self.context_V[keys_X // self.vocab_size]
