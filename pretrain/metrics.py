@@ -25,9 +25,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from pretrain.config import ConfigError
 from pretrain.rundir import storage_error, write_atomic
 
-Value = float | int | str | Mapping[str, float]
-
-_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+Value = float | int | str | Mapping[str, float | str]
 
 
 class MetricWriter(Protocol):
@@ -102,27 +100,23 @@ def _numbered_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as strict JSON: JSON has no NaN and no infinity, so they are written as text."""
+    """`value` as strict JSON, which has no NaN and no infinity: they become {"not_finite": "nan"}."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (str, bool)) or value is None:
-        return value
     if hasattr(value, "item"):
         value = value.item()  # a numpy or jax scalar
     if isinstance(value, float) and not math.isfinite(value):
-        return next(text for text, number in _NOT_FINITE.items() if str(number) == str(value))
+        return {"not_finite": str(value)}
     return value
 
 
-def _restored(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _restored(value)
-        if isinstance(value, dict)
-        else _NOT_FINITE.get(value, value)
-        if isinstance(value, str)
-        else value
-        for key, value in record.items()
-    }
+def _restored(value: Any) -> Any:
+    """The inverse of `_plain`."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"not_finite"}:
+        return float(value["not_finite"])
+    return {key: _restored(item) for key, item in value.items()}
 
 
 @contextmanager
@@ -272,7 +266,7 @@ class GoodputClock:
     """Splits wall time into phases; the phases always add up to the wall time.
 
     Phases nest, and the inner one takes the time. What no phase claims is `other`. `seconds` of an earlier
-    process (from its checkpoint) are carried on, `lost_to_restart` is what was computed and thrown away.
+    process (from its checkpoint) are carried on, `lost_to_restart` is what a killed process computed for nothing.
     """
 
     def __init__(
@@ -298,9 +292,13 @@ class GoodputClock:
             self._settle()
             self._stack.pop()
 
-    def lose(self, seconds: float) -> None:
-        """Book time of a killed process whose work is repeated (it never passed on this clock)."""
-        self._seconds["lost_to_restart"] += max(0.0, seconds)
+    def lose(self, dropped: Sequence[Mapping[str, Any]]) -> None:
+        """Book what a killed process did after the checkpoint: its dropped lines say when it still lived.
+
+        A line's `seconds` is the clock's total when it was written.
+        """
+        alive_s = max((float(record["seconds"]) for record in dropped if "seconds" in record), default=0.0)
+        self._seconds["lost_to_restart"] += max(0.0, alive_s - self.total_s())
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase until now; feed it to a new clock after a restart."""

@@ -21,6 +21,8 @@ from pretrain.config import ConfigError
 # Contexts with less than 1, 2, 4, .. 2^16 occurrences share their weights.
 _NUM_BUCKETS = 18
 _EM_ROUNDS = 30
+_MAX_FITTED_PAIRS = 1_000_000
+_MERGED_PAIRS = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,36 +84,80 @@ class NgramBaseline:
 def fit_ngrams(train: Iterable[TokenRows], *, vocab_size: int, fit_fraction: float = 0.1) -> NgramBaseline:
     """Count pairs in `train` and fit the interpolation weights on every `1/fit_fraction`-th row of it.
 
-    Memory: 8 bytes a train token, a few times over while sorting.
+    Memory grows with the number of different pairs, not with the number of tokens.
 
     Raises:
       ConfigError: the train rows hold no target.
     """
-    counted, fitted, num_rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-    stride = max(2, round(1 / fit_fraction))
+    counted, fitted, num_rows = _PairCounter(), [np.zeros(0, np.int64)], 0
+    num_fitted, stride = 0, max(2, round(1 / fit_fraction))
     for rows in train:
-        last_B = (np.arange(len(rows.tokens_BT1)) + num_rows) % stride == stride - 1
-        num_rows += len(last_B)
-        for chosen_B, keys in ((~last_B, counted), (last_B, fitted)):
-            previous_X, next_X, _, _ = _pairs(rows, chosen_B)
-            keys.append(_keys(previous_X, next_X, vocab_size))
-    counted_X, fitted_X = np.concatenate(counted), np.concatenate(fitted)
-    if len(counted_X) + len(fitted_X) == 0:
+        fit_B = (np.arange(len(rows.tokens_BT1)) + num_rows) % stride == stride - 1
+        num_rows += len(fit_B)
+        if num_fitted >= _MAX_FITTED_PAIRS:
+            fit_B[:] = False
+        fitted.append(_keys_of_rows(rows, fit_B, vocab_size))
+        num_fitted += len(fitted[-1])
+        counted.add(_keys_of_rows(rows, ~fit_B, vocab_size))
+    fitted_X = np.concatenate(fitted)
+    partial = counted.ngrams(vocab_size)
+    if partial.num_tokens + len(fitted_X) == 0:
         raise ConfigError(
             "the n-gram baselines need train rows with at least one target, got none; check data.sources"
         )
-    if len(fitted_X) == 0 or len(counted_X) == 0:
-        # Fewer rows than the stride: split the pairs themselves.
-        both_X = np.concatenate([counted_X, fitted_X])
-        cut = max(1, len(both_X) - len(both_X) // stride)
-        counted_X, fitted_X = both_X[:cut], both_X[cut:] if cut < len(both_X) else both_X
-    partial = _count(counted_X, vocab_size)
+    counted.add(fitted_X)
+    complete = counted.ngrams(vocab_size)
+    if partial.num_tokens == 0 or len(fitted_X) == 0:
+        # Fewer rows than the stride: too little text for anything but a fixed guess.
+        third_K3 = np.full((_NUM_BUCKETS, 3), 1 / 3)
+        return NgramBaseline(counts=complete, unigram_weights_2=np.full(2, 0.5), bigram_weights_K3=third_K3)
     parts_3X = partial.parts_3X(fitted_X)
     return NgramBaseline(
-        counts=_count(np.concatenate([counted_X, fitted_X]), vocab_size),
+        counts=complete,
         unigram_weights_2=_fit_weights(parts_3X[:2], np.zeros(len(fitted_X), np.int64), 1)[0],
         bigram_weights_K3=_fit_weights(parts_3X, partial.bucket_X(fitted_X), _NUM_BUCKETS),
     )
+
+
+class _PairCounter:
+    """Counts keys, merging what it holds once in a few million: sorting is the cost of all this."""
+
+    def __init__(self) -> None:
+        self._keys, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, keys_X: np.ndarray) -> None:
+        self._waiting.append(keys_X)
+        if sum(map(len, self._waiting)) >= _MERGED_PAIRS:
+            self._merge()
+
+    def ngrams(self, vocab_size: int) -> _Ngrams:
+        """What was counted so far."""
+        self._merge()
+        previous, following = np.divmod(self._keys, vocab_size)
+        return _Ngrams(
+            vocab_size=vocab_size,
+            num_tokens=int(self._counts.sum()),
+            unigram_V=np.bincount(following, weights=self._counts, minlength=vocab_size),
+            context_V=np.bincount(previous, weights=self._counts, minlength=vocab_size),
+            pair_keys=self._keys,
+            pair_counts=self._counts,
+        )
+
+    def _merge(self) -> None:
+        if not self._waiting:
+            return
+        keys, counts = np.unique(np.concatenate(self._waiting), return_counts=True)
+        self._waiting = []
+        self._keys, place = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
+        self._counts = np.bincount(place, np.concatenate([self._counts, counts]), len(self._keys)).astype(
+            np.int64
+        )
+
+
+def _keys_of_rows(rows: TokenRows, chosen_B: np.ndarray, vocab_size: int) -> np.ndarray:
+    previous_X, next_X, _, _ = _pairs(rows, chosen_B)
+    return _keys(previous_X, next_X, vocab_size)
 
 
 def _keys(previous_X: np.ndarray, next_X: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -130,19 +176,6 @@ def _pairs(
         tokens_BT1[:, 1:][counts_BT],
         weights_BT[counts_BT].astype(np.float64),
         source_BT[counts_BT],
-    )
-
-
-def _count(keys_X: np.ndarray, vocab_size: int) -> _Ngrams:
-    pair_keys, pair_counts = np.unique(keys_X, return_counts=True)
-    previous, following = np.divmod(pair_keys, vocab_size)
-    return _Ngrams(
-        vocab_size=vocab_size,
-        num_tokens=len(keys_X),
-        unigram_V=np.bincount(following, weights=pair_counts, minlength=vocab_size),
-        context_V=np.bincount(previous, weights=pair_counts, minlength=vocab_size),
-        pair_keys=pair_keys,
-        pair_counts=pair_counts,
     )
 
 

@@ -41,7 +41,7 @@ def test_what_is_written_is_read_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = metrics.JsonlWriter(path)
     writer.write(
-        1, "train", {"loss": np.float32(2.5), "loss_by_source": {"a": 1.0, "ü": math.inf}, "note": "x"}
+        1, "train", {"loss": np.float32(2.5), "loss_by_source": {"a": 1.0, "ü": math.inf}, "note": "nan"}
     )
     writer.write(2, "train", {"loss": math.nan})
     writer.close()
@@ -51,7 +51,7 @@ def test_what_is_written_is_read_back(tmp_path):
         "kind": "train",
         "loss": 2.5,
         "loss_by_source": {"a": 1.0, "ü": math.inf},
-        "note": "x",
+        "note": "nan",
     }
     assert math.isnan(second["loss"])
     # Strict JSON: other programs read the file too, and NaN is not JSON.
@@ -167,14 +167,14 @@ def test_tensorboard_gets_the_numbers_and_hides_what_a_resume_repeats(tmp_path):
 
 
 def test_open_writers_drops_first_and_writes_everywhere(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4, "elapsed_s": 9.0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4, "seconds": 9.0}\n')
     writers, dropped = metrics.open_writers(
         tmp_path, [metrics.TensorBoardConfig()], config_json={}, resume_step=3
     )
     writers.write(4, "eval", {"bits_per_byte": 2.0})
     writers.flush()
     writers.close()
-    assert dropped == [{"step": 4, "elapsed_s": 9.0}]
+    assert dropped == [{"step": 4, "seconds": 9.0}]
     assert lines(tmp_path / "metrics.jsonl") == [
         {"step": 3},
         {"step": 4, "kind": "eval", "bits_per_byte": 2.0},
@@ -214,7 +214,9 @@ def test_phases_add_up_to_wall_time_however_they_nest(plan):
 def test_the_clock_goes_on_after_a_restart_and_books_what_was_lost():
     now = Clock()
     clock = metrics.GoodputClock({"step": 30.0, "compile": 5.0}, now=now)
-    clock.lose(5.0)
+    clock.lose(
+        [{"step": 8, "seconds": 38.0}, {"step": 9, "seconds": 40.0}, {"step": 9, "bits_per_byte": 2.0}]
+    )
     with contextlib.suppress(KeyError), clock.phase("step"):
         now.time_s += 10.0
         raise KeyError  # time is booked even when the phase fails

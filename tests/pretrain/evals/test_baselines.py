@@ -121,6 +121,25 @@ def test_a_single_pair_and_no_pair():
         baselines.fit_ngrams([], vocab_size=4)
 
 
+def test_counts_do_not_depend_on_when_they_are_merged(monkeypatch):
+    stream, _, _ = markov(3_000, seed=1)
+    batches = [as_rows(stream[i : i + 161]) for i in range(0, 2_880, 160)]
+    at_once = baselines.fit_ngrams(batches, vocab_size=8)
+    monkeypatch.setattr(baselines, "_MERGED_PAIRS", 300)
+    piecewise = baselines.fit_ngrams(batches, vocab_size=8)
+    for name in ("unigram_V", "context_V", "pair_keys", "pair_counts"):
+        np.testing.assert_array_equal(getattr(at_once.counts, name), getattr(piecewise.counts, name))
+    assert at_once.counts.num_tokens == 2_880
+    np.testing.assert_array_equal(at_once.bigram_weights_K3, piecewise.bigram_weights_K3)
+
+
+def test_once_enough_rows_are_fitted_on_the_others_are_counted(monkeypatch):
+    monkeypatch.setattr(baselines, "_MAX_FITTED_PAIRS", 100)
+    stream, _, _ = markov(3_000, seed=1)
+    batches = [as_rows(stream[i : i + 161]) for i in range(0, 2_880, 160)]
+    assert baselines.fit_ngrams(batches, vocab_size=8).counts.num_tokens == 2_880
+
+
 def test_xz_is_the_command_line_tool():
     text = ("the quick brown fox jumps over the lazy dog " * 50).encode()
     other = bytes(range(256)) * 4
