@@ -38,12 +38,16 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Something that should have become a document and did not; it ends in the errors file of its shard."""
+    """Something that should have become a document and did not; it ends in the errors file of its shard.
+
+    `dropped` marks what was taken out on purpose (contaminated, duplicated): listed, but not a fault.
+    """
 
     document: str
     item: str
     reason: str
     detail: str = ""
+    dropped: bool = False
 
     def to_line(self) -> bytes:
         """The failure as one line of JSON, newline included."""

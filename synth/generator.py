@@ -32,6 +32,7 @@ from synth.prompt import Prompt
 from synth.stage import Shard, cache_path
 
 JSON_ATTEMPTS = 3
+PILOT = "pilot"  # the folder, beside those of the stages, in which a dry run with the real model keeps its replies
 _SEED_LIMIT = 2**31  # some servers keep seeds in 32 bits
 
 
@@ -111,6 +112,11 @@ class Prepare:
         """That of its generator."""
         return self.generator.version
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Nothing but the documents before it."""
+        return ()
+
     def identity(self) -> Mapping[str, Any]:
         """The generator's fields, its prompts, the model and the seed."""
         return _identity(self.generator, self.llm, self.seed)
@@ -166,9 +172,17 @@ class Write:
         """That of its generator."""
         return self.generator.version
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Nothing but the documents before it."""
+        return ()
+
     def identity(self) -> Mapping[str, Any]:
         """As for `Prepare`, and how many items are taken of each plan."""
-        return {**_identity(self.generator, self.llm, self.seed), "items_per_document": self.items_per_document}
+        return {
+            **_identity(self.generator, self.llm, self.seed),
+            "items_per_document": self.items_per_document,
+        }
 
     def run(self, documents: Iterable[Document], *, shard: Shard) -> Iterator[Document | Failure]:
         """The written documents, in the order of documents and of their plans."""
@@ -176,7 +190,9 @@ class Write:
         def work(llm: LLM) -> Iterator[Coroutine[Any, Any, Document | Failure]]:
             for document in documents:
                 prepared = document.meta.get("prepared")
-                plan = self.generator.plan(document, prepared, seed=stable_seed(self.seed, self.name, document.id))
+                plan = self.generator.plan(
+                    document, prepared, seed=stable_seed(self.seed, self.name, document.id)
+                )
                 for number, item in enumerate(plan):
                     if number == self.items_per_document:
                         break
@@ -269,7 +285,8 @@ def _run_calls(
     After `OutOfBudget` no more are started, those in flight are finished, and the shard is marked partial.
     """
     own = cache_path(shard.scratch)
-    others = sorted(p for p in own.parent.glob(f"*{cached.SUFFIX}") if p != own)
+    folders = (own.parent, own.parent.parent / PILOT / own.parent.name)
+    others = [p for folder in folders for p in sorted(folder.glob(f"*{cached.SUFFIX}")) if p != own]
     spent = cached.paid_in(own)
     budgeted = BudgetedLLM(config.build(), config, shard.budget.minus(spent))
     retrying = RetryingLLM(budgeted, attempts=max_attempts, first_wait_s=first_wait_s)
@@ -308,7 +325,8 @@ def _run_calls(
     finally:
         for task in waiting:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*waiting, return_exceptions=True))
+        if waiting:
+            loop.run_until_complete(asyncio.wait(waiting))
         loop.run_until_complete(llm.close())
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
@@ -319,5 +337,3 @@ def _run_calls(
     shard.tally.counts["paid_prompt_tokens"] = paid.usage.prompt_tokens
     shard.tally.counts["lost_calls"] = paid.lost_calls
     shard.tally.counts["retries"] = retrying.num_retries
-
-

@@ -46,7 +46,9 @@ class DuplicateFinder:
     Memory grows with the shingles of all texts kept, about 100 bytes a shingle.
     """
 
-    def __init__(self, *, jaccard_at_least: float = 0.5, shingle_words: int = 13, num_permutations: int = 128):
+    def __init__(
+        self, *, jaccard_at_least: float = 0.5, shingle_words: int = 13, num_permutations: int = 128
+    ):
         self._bound = jaccard_at_least
         self._width = shingle_words
         self._permutations = num_permutations
@@ -76,7 +78,9 @@ class DuplicateFinder:
         return sketch
 
 
-def near_duplicate_rate(texts: Sequence[str], *, jaccard_at_least: float = 0.5, shingle_words: int = 13) -> float:
+def near_duplicate_rate(
+    texts: Sequence[str], *, jaccard_at_least: float = 0.5, shingle_words: int = 13
+) -> float:
     """The share of texts that near-duplicate an earlier one; 0 for no texts."""
     finder = DuplicateFinder(jaccard_at_least=jaccard_at_least, shingle_words=shingle_words)
     found = np.zeros(len(texts), dtype=bool)

@@ -24,7 +24,9 @@ class Prompt:
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
         """The names of the places to fill, in order of first appearance."""
-        parsed = [f for role in (self.system, self.user) for _, f, _, _ in string.Formatter().parse(role) if f]
+        parsed = [
+            f for role in (self.system, self.user) for _, f, _, _ in string.Formatter().parse(role) if f
+        ]
         return tuple(dict.fromkeys(parsed))
 
     def fill(self, **values: str) -> tuple[str, str]:

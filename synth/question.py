@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -26,9 +26,13 @@ class Question:
 
     def __post_init__(self):
         if not 2 <= len(self.options) <= len(LETTERS):
-            raise ConfigError(f"question {self.id} must have 2 to {len(LETTERS)} options, got {len(self.options)}")
+            raise ConfigError(
+                f"question {self.id} must have 2 to {len(LETTERS)} options, got {len(self.options)}"
+            )
         if not 0 <= self.gold < len(self.options):
-            raise ConfigError(f"question {self.id}: gold must lie in [0, {len(self.options)}), got {self.gold}")
+            raise ConfigError(
+                f"question {self.id}: gold must lie in [0, {len(self.options)}), got {self.gold}"
+            )
 
 
 def ask_text(question: Question) -> str:
@@ -121,3 +125,11 @@ def accuracy_by_tag(graded: Sequence[Graded], *, seed: int = 0) -> Mapping[str, 
     for tag in tags:
         table[tag] = accuracy([g for g in graded if tag in g.question.tags], seed=seed)
     return table
+
+
+class Questions(Protocol):
+    """A config that names a set of questions."""
+
+    def load(self) -> list[Question]:
+        """All of them, in a fixed order."""
+        ...

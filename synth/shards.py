@@ -1,6 +1,5 @@
 """Shards of documents: zstd-compressed JSON lines, written to a temporary name and then renamed."""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -106,9 +105,3 @@ def read_documents(path: Path) -> Iterator[Document]:
     """The documents of one shard, in order."""
     for number, line in enumerate(read_lines(path), start=1):
         yield document_from_line(line, f"{path}:{number}")
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes (hex)."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

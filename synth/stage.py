@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pretrain.config import ConfigError, diff, local
+from pretrain.rundir import RunDir, file_sha256, storage_errors, write_json_atomic
 from synth.document import Document, Failure
 from synth.llm import cached
 from synth.llm.budget import Budget
-from synth.shards import SUFFIX, LineWriter, parse_stem, read_documents, sha256_of, shard_stem
+from synth.shards import SUFFIX, LineWriter, parse_stem, read_documents, shard_stem
 
 _FAIL_FAST_AFTER = 20  # failures; a share over fewer would stop a run for its first bad luck
 _ECHO_EVERY_S = 5.0
@@ -40,17 +41,26 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"counts": dict(sorted(self.counts.items())), "cost_usd": self.cost_usd, "partial": self.partial}
+        return {
+            "counts": dict(sorted(self.counts.items())),
+            "cost_usd": self.cost_usd,
+            "partial": self.partial,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One part of a stage's work. `scratch` is a path that this shard may extend for files it keeps (its cache)."""
+    """One part of a stage's work.
+
+    `scratch` is a path that this shard may extend for files it keeps (its cache), `needed` the shards of the
+    earlier stages that its stage declares to need.
+    """
 
     index: int
     count: int
     recipe: str
     scratch: Path
+    needed: Mapping[str, tuple[Path, ...]]
     budget: Budget
     tally: Tally
 
@@ -66,6 +76,11 @@ class Stage(Protocol):
 
     @property
     def gather(self) -> bool: ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of earlier stages, besides the one before, whose documents it reads in whole."""
+        ...
 
     def identity(self) -> Mapping[str, Any]:
         """Config, prompt hashes, model: what decides the output besides the input, as plain JSON."""
@@ -86,7 +101,7 @@ class RunConfig:
     fresh: tuple[str, ...] = local(())
     budget: Budget = local(Budget())
     max_failed_fraction: float = local(0.02)
-    dry_run: bool = local(False)
+    dry_run: Literal["no", "scripted", "pilot"] = local("no")
     dry_run_documents: int = local(3)
 
     def __post_init__(self):
@@ -117,10 +132,17 @@ class StageResult:
     partial: str
     num_run: int
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Its shards, in order."""
+        return tuple(
+            self.folder / (shard_stem(i, self.shard_count) + SUFFIX) for i in range(self.shard_count)
+        )
+
     def documents(self) -> Iterator[Document]:
         """All documents of the stage, shard after shard."""
-        for index in range(self.shard_count):
-            yield from read_documents(self.folder / (shard_stem(index, self.shard_count) + SUFFIX))
+        for path in self.paths:
+            yield from read_documents(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,51 +156,64 @@ class _Job:
     index: int
     count: int
     inputs: tuple[Path, ...]
+    every: int
+    needed: Mapping[str, tuple[Path, ...]]
     budget: Budget
     max_failed_fraction: float
 
 
-def run_pipeline(stages: Sequence[Stage], run: RunConfig, echo: Callable[[str], None] = print) -> list[StageResult]:
+def run_pipeline(
+    stages: Sequence[Stage], run: RunConfig, echo: Callable[[str], None] = print
+) -> list[StageResult]:
     """Run the stages in order, each on the output of the one before it; the first gets no documents.
 
     Raises:
-      ConfigError: a stage in `run.fresh` that does not exist, or markers made by another recipe.
+      ConfigError: a stage in `run.fresh` that does not exist, markers made by another recipe, a workdir that
+        cannot be written or that another process is writing.
       StageFailed: more than `run.max_failed_fraction` of the items of a stage failed.
     """
     names = [stage.name for stage in stages]
     unknown = [name for name in run.fresh if name not in names]
     if unknown:
-        raise ConfigError(f"run.fresh must name stages of this pipeline ({', '.join(names)}), got {unknown[0]!r}")
+        raise ConfigError(
+            f"run.fresh must name stages of this pipeline ({', '.join(names)}), got {unknown[0]!r}"
+        )
     workdir = Path(run.workdir)
-    fresh_from = min((names.index(name) for name in run.fresh), default=len(names))
-    for name in names[fresh_from:]:
-        _remove_markers(workdir / name)  # first, so that a crash cannot leave old work behind new
-    results: list[StageResult] = []
-    for position, stage in enumerate(stages):
-        previous = results[-1] if results else None
-        later = [workdir / name for name in names[position + 1 :]]
-        results.append(run_stage(stage, previous, workdir, run, later, echo))
-        if results[-1].partial:
-            echo(f"{stage.name}: stopped early, {results[-1].partial}; the same command with a larger budget goes on")
+    folder = RunDir(workdir)
+    folder.create()
+    with folder.lock():
+        fresh_from = min((names.index(name) for name in run.fresh), default=len(names))
+        for name in names[fresh_from:]:
+            _remove_markers(workdir / name)  # first, so that a crash cannot leave old work behind new
+        results: list[StageResult] = []
+        for position, stage in enumerate(stages):
+            later = [workdir / name for name in names[position + 1 :]]
+            results.append(run_stage(stage, results, workdir, run, later, echo))
     return results
 
 
 def run_stage(
     stage: Stage,
-    previous: StageResult | None,
+    earlier: Sequence[StageResult],
     workdir: Path,
     run: RunConfig,
     later: Sequence[Path],
     echo: Callable[[str], None],
 ) -> StageResult:
-    """Run the shards of `stage` that have no fitting marker. `later` are folders whose markers a rerun voids."""
+    """Run the shards of `stage` that have no fitting marker, on the last of the `earlier` results.
+
+    `later` are folders whose markers a rerun voids.
+    """
+    previous = earlier[-1] if earlier else None
+    needed = [result for result in earlier if result.name in stage.needs]
     folder = workdir / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     count = 1 if stage.gather else run.num_shards
     config = json.loads(json.dumps({"version": stage.version, **stage.identity()}))
-    inputs = {} if previous is None else {previous.name: {"recipe": previous.recipe, "content": previous.content}}
+    read = needed if previous is None or previous in needed else [*needed, previous]
+    inputs = {result.name: {"recipe": result.recipe, "content": result.content} for result in read}
     signature = {"stage": stage.name, "config": config, "shard_count": count, "inputs": inputs}
-    recipe = _digest([stage.name, config, previous.recipe if previous else ""])
+    recipe = _digest([stage.name, config, [result.recipe for result in read]])
     budget = _unspent(run.budget, workdir, folder, count).split(count)
     jobs = []
     for index in range(count):
@@ -192,6 +227,8 @@ def run_stage(
                     index=index,
                     count=count,
                     inputs=_input_paths(previous, index, count),
+                    every=1 if previous is None or previous.shard_count == count else count,
+                    needed={result.name: result.paths for result in needed},
                     budget=budget,
                     max_failed_fraction=run.max_failed_fraction,
                 )
@@ -206,7 +243,11 @@ def run_stage(
     result = _sum_markers(stage.name, folder, recipe, markers, len(jobs))
     total = result.counts.get("out", 0) + result.counts.get("failed", 0)
     if result.counts.get("failed", 0) > run.max_failed_fraction * total:
-        raise StageFailed(_too_many(stage.name, folder, result.counts["failed"], total, run.max_failed_fraction))
+        raise StageFailed(
+            _too_many(stage.name, folder, result.counts["failed"], total, run.max_failed_fraction)
+        )
+    if result.partial:
+        echo(f"{stage.name}: stopped early, {result.partial}; the same command with a larger budget goes on")
     state = "" if jobs else " (complete before, nothing to do)"
     echo(f"{stage.name}: {_describe(result.counts, result.cost_usd)}{state}")
     return result
@@ -232,60 +273,66 @@ def _run_shard(job: _Job, echo: Callable[[str], None] | None = None) -> None:
         count=job.count,
         recipe=job.recipe,
         scratch=job.folder / stem,
+        needed=job.needed,
         budget=job.budget,
         tally=tally,
     )
     started = spoken = time.monotonic()
-    documents = _shard_documents(job.inputs, job.index, job.count, tally)
-    failed = 0
-    with LineWriter(output) as written, LineWriter(errors) as refused:
+    documents = _shard_documents(job, tally)
+    failed = num_listed = 0
+    with storage_errors(job.folder), LineWriter(output) as written, LineWriter(errors) as refused:
         for made in job.stage.run(documents, shard=shard):
-            if isinstance(made, Failure):
+            if isinstance(made, Failure) and made.dropped:
+                num_listed += 1
+                tally.counts[made.reason] += 1
+                refused.write(made.to_line())
+            elif isinstance(made, Failure):
                 failed += 1
+                num_listed += 1
                 tally.counts["failed"] += 1
                 tally.counts[f"failed_{made.reason}"] += 1
                 refused.write(made.to_line())
                 total = failed + tally.counts["out"]
                 if failed >= _FAIL_FAST_AFTER and failed > job.max_failed_fraction * total:
                     refused.commit()
-                    raise StageFailed(_too_many(job.stage.name, errors, failed, total, job.max_failed_fraction))
+                    raise StageFailed(
+                        _too_many(job.stage.name, errors, failed, total, job.max_failed_fraction)
+                    )
             else:
                 tally.counts["out"] += 1
                 written.write(made.to_line())
             if echo is not None and time.monotonic() - spoken > _ECHO_EVERY_S:
                 spoken = time.monotonic()
                 rate = tally.counts["out"] / (spoken - started)
-                echo(f"{job.stage.name} {stem}: {_describe(tally.counts, tally.cost_usd)}, {rate:.1f} texts/s")
+                echo(
+                    f"{job.stage.name} {stem}: {_describe(tally.counts, tally.cost_usd)}, {rate:.1f} texts/s"
+                )
         written.commit()
         refused.commit()
-    if not failed:
+    if not num_listed:
         errors.unlink()
     marker = {
         "signature": job.signature,
         "fingerprint": _digest(job.signature),
-        "output_sha256": sha256_of(output),
+        "output_sha256": file_sha256(output),
         "seconds": round(time.monotonic() - started, 3),
         **tally.to_json(),
     }
-    with LineWriter(job.folder / f"{stem}.done.json") as file:
-        file.write((json.dumps(marker, indent=1, sort_keys=True) + "\n").encode())
-        file.commit()
+    write_json_atomic(job.folder / f"{stem}.done.json", marker)
 
 
 def _input_paths(previous: StageResult | None, index: int, count: int) -> tuple[Path, ...]:
     """Shards to read: its own when the counts agree, else all (of which it takes every `count`-th document)."""
     if previous is None:
         return ()
-    which = [index] if count == previous.shard_count else range(previous.shard_count)
-    return tuple(previous.folder / (shard_stem(i, previous.shard_count) + SUFFIX) for i in which)
+    return (previous.paths[index],) if count == previous.shard_count else previous.paths
 
 
-def _shard_documents(paths: Sequence[Path], index: int, count: int, tally: Tally) -> Iterator[Document]:
-    own = len(paths) == 1 and count > 1
+def _shard_documents(job: _Job, tally: Tally) -> Iterator[Document]:
     position = 0
-    for path in paths:
+    for path in job.inputs:
         for document in read_documents(path):
-            if own or position % count == index:
+            if position % job.every == job.index % job.every:
                 tally.counts["in"] += 1
                 yield document
             position += 1
@@ -312,7 +359,7 @@ def _is_done(folder: Path, index: int, signature: dict[str, Any]) -> bool:
         if marker["partial"]:
             return False  # a larger budget may go further; what is kept costs nothing
         output = folder / (shard_stem(index, count) + SUFFIX)
-        if not output.is_file() or sha256_of(output) != marker["output_sha256"]:
+        if not output.is_file() or file_sha256(output) != marker["output_sha256"]:
             return False
         return True
     return False
@@ -335,10 +382,11 @@ def _short(value: Any) -> str:
 def _load_marker(path: Path) -> dict[str, Any]:
     try:
         marker = json.loads(path.read_bytes())
-        marker["signature"], marker["output_sha256"], marker["partial"]  # noqa: B018
-        return marker
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} must be a marker in JSON, it is not; remove it to run its shard again") from error
+    except ValueError:
+        marker = {}
+    if not {"signature", "output_sha256", "partial", "counts", "cost_usd"} <= set(marker):
+        raise ConfigError(f"{path} must be a marker in JSON, it is not; remove it to run its shard again")
+    return marker
 
 
 def _read_marker(folder: Path, index: int, count: int) -> dict[str, Any]:
@@ -374,7 +422,13 @@ def _digest(value: Any) -> str:
 
 
 def _describe(counts: Mapping[str, int], cost: float) -> str:
-    words = {"in": "documents in", "out": "out", "failed": "failed", "paid_calls": "calls", "cached_calls": "from cache"}
+    words = {
+        "in": "documents in",
+        "out": "out",
+        "failed": "failed",
+        "paid_calls": "calls",
+        "cached_calls": "from cache",
+    }
     parts = [f"{counts[key]:,} {text}" for key, text in words.items() if counts.get(key)]
     if counts.get("completion_tokens"):
         parts.append(f"{counts['completion_tokens']:,} tokens written")
@@ -402,7 +456,7 @@ def cache_path(scratch: Path) -> Path:
 def _unspent(budget: Budget, workdir: Path, folder: Path, count: int) -> Budget:
     """What everything paid in this workdir leaves, except what the shards of `folder` count for themselves."""
     own = {cache_path(folder / shard_stem(index, count)) for index in range(count)}
-    for path in workdir.glob(f"*/*{cached.SUFFIX}"):
+    for path in workdir.rglob(f"*{cached.SUFFIX}"):
         if path not in own:
             budget = budget.minus(cached.paid_in(path))
     return budget

@@ -119,7 +119,9 @@ class BudgetedLLM:
         )
         for unit, cap, taken, more in wanted:
             if cap is not None and taken + more > cap + 1e-12:
-                raise OutOfBudget(f"{taken:g} {unit} spent or reserved, a call may need {more:g}, the cap is {cap:g}")
+                raise OutOfBudget(
+                    f"{taken:g} {unit} spent or reserved, a call may need {more:g}, the cap is {cap:g}"
+                )
         self._reserved_calls += 1
         self._reserved_tokens += worst.completion_tokens
         self._reserved_usd += worst_usd
@@ -141,4 +143,6 @@ class BudgetedLLM:
 def worst_usage(request: Request) -> Usage:
     """An upper bound of a call: a byte-level vocabulary never makes more tokens than bytes."""
     prompt_bytes = len(request.system.encode()) + len(request.user.encode())
-    return Usage(prompt_tokens=prompt_bytes + 64, completion_tokens=request.max_tokens)  # 64: the chat template
+    return Usage(
+        prompt_tokens=prompt_bytes + 64, completion_tokens=request.max_tokens
+    )  # 64: the chat template

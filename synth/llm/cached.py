@@ -79,7 +79,15 @@ class CachedLLM:
             self.num_calls += 1
             usage, price = reply.usage, cost_usd(self._config, reply.usage)
             self._rows.append(
-                (key, reply.text, reply.finish, reply.model, usage.prompt_tokens, usage.completion_tokens, price)
+                (
+                    key,
+                    reply.text,
+                    reply.finish,
+                    reply.model,
+                    usage.prompt_tokens,
+                    usage.completion_tokens,
+                    price,
+                )
             )
             await self._write_soon()
             return reply
@@ -128,7 +136,9 @@ def paid_in(path: Path) -> Account:
     """What the replies kept in `path` were charged, ever, and what interrupted calls may have been."""
     if not path.is_file():
         return Account()
-    db = sqlite3.connect(f"file:{path}?mode=rw", uri=True)  # not "ro": a kill may have left a journal to roll back
+    db = sqlite3.connect(
+        f"file:{path}?mode=rw", uri=True
+    )  # not "ro": a kill may have left a journal to roll back
     try:
         if db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'lost'").fetchone()[0] == 0:
             return Account()  # killed before its tables were made

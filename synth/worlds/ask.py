@@ -11,7 +11,9 @@ from synth.worlds.world import Statement, World, closure, edges_of
 NUM_OPTIONS = 4
 
 
-def ask_world(world: World, told_in_reverse: Mapping[Statement, bool], *, max_hops: int, seed: int) -> list[Question]:
+def ask_world(
+    world: World, told_in_reverse: Mapping[Statement, bool], *, max_hops: int, seed: int
+) -> list[Question]:
     """All questions about one world: `same`, `reverse` (against the direction of the document), `hop2`, `hop3`.
 
     Options are entities of the answer's type from the same document, the gold position is uniform, and a hop

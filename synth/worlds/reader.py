@@ -17,7 +17,11 @@ from synth.prompt import PROMPTS, load_prompt
 from synth.worlds.render import read_sentence, render, rerender, sentences_of
 from synth.worlds.world import Statement, edges_of, shortest_chains
 
-_STRATEGIES = ("tell the facts from the other end", "follow one name through the document", "shuffle the facts")
+_STRATEGIES = (
+    "tell the facts from the other end",
+    "follow one name through the document",
+    "shuffle the facts",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +149,9 @@ def _relation(config: ReaderConfig, fields: Mapping[str, str], chance: random.Ra
 
 
 def _spoil(fact: Statement, facts: list[Statement], chance: random.Random) -> Statement:
-    others = [f.object for f in facts if f.chain == fact.chain and f.object not in (fact.object, fact.subject)]
+    others = [
+        f.object for f in facts if f.chain == fact.chain and f.object not in (fact.object, fact.subject)
+    ]
     return Statement(fact.chain, fact.subject, chance.choice(others)) if others else fact
 
 
@@ -186,7 +192,9 @@ def _strategies(config: ReaderConfig, fields: Mapping[str, str], chance: random.
 
 def _focal_questions(config: ReaderConfig, fields: Mapping[str, str], chance: random.Random) -> str:
     facts = [f.reversed() if chance.random() < 0.5 else f for f in _facts(fields["document"])]
-    return json.dumps({"questions": [f"Who or what was the {f.chain[0].noun} of {f.subject}?" for f in facts]})
+    return json.dumps(
+        {"questions": [f"Who or what was the {f.chain[0].noun} of {f.subject}?" for f in facts]}
+    )
 
 
 def _focal(config: ReaderConfig, fields: Mapping[str, str], chance: random.Random) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from synth.worlds.world import RELATIONS, Statement, Step, World
 
 # {s} subject, {o} object of the fact; the first tuple names the subject first, the second the object first.
-_FRAMES = {
+_FRAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "teacher": (
         ("{s} learned everything from {o}.", "{s} studied for years under {o}."),
         ("{o} taught {s}.", "{o} raised {s} in the craft."),
@@ -71,7 +71,7 @@ _SENTENCE = re.compile(r"[^.]+\.")
 
 
 def nouns_of(chain: Sequence[Step]) -> str:
-    """"home of the teacher" for the chain teacher, home: the last step is named first."""
+    """ "home of the teacher" for the chain teacher, home: the last step is named first."""
     return " of the ".join(step.noun for step in reversed(chain))
 
 

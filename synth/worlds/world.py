@@ -95,7 +95,9 @@ class WorldConfig:
                 f"{sum(self.per_type) * self.num_documents} entities need as many names, num_names is {self.num_names}"
             )
         if self.num_names > len(_ONSETS) ** 2 * len(_RIMES):
-            faults.append(f"num_names must be at most {len(_ONSETS) ** 2 * len(_RIMES)}, got {self.num_names}")
+            faults.append(
+                f"num_names must be at most {len(_ONSETS) ** 2 * len(_RIMES)}, got {self.num_names}"
+            )
         if faults:
             raise ConfigError(*faults)
 
@@ -114,7 +116,9 @@ def make_worlds(config: WorldConfig) -> list[World]:
     chance = random.Random(stable_seed("worlds", config.seed))
     names = [spell(i) for i in range(config.num_names)]
     chance.shuffle(names)
-    return [make_world(f"world{index}", names, config.per_type, chance) for index in range(config.num_documents)]
+    return [
+        make_world(f"world{index}", names, config.per_type, chance) for index in range(config.num_documents)
+    ]
 
 
 def make_world(label: str, names: list[str], per_type: tuple[int, ...], chance: random.Random) -> World:
@@ -180,7 +184,9 @@ def relation_named(name: str) -> Relation:
 
 
 _ONSETS = tuple("b d f g h k l m n p r s t v z th sh br dr gr kr tr st sk".split())
-_RIMES = tuple("ade ane ale ore one olu ila ino esh umar ovin elda arn ith ond ara ewen iro ut ask em ock".split())
+_RIMES = tuple(
+    "ade ane ale ore one olu ila ino esh umar ovin elda arn ith ond ara ewen iro ut ask em ock".split()
+)
 
 
 def spell(index: int) -> str:
