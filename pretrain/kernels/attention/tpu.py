@@ -1,0 +1,448 @@
+"""Mosaic TPU kernels: forward, dq, and dk/dv, each over a work list of the blocks that the packing leaves.
+
+Tiles are transposed, [keys, queries]: what belongs to a query (its range, maximum, sum, log-sum-exp, delta) is a row
+vector that stays a row vector in memory and in registers, and reductions over keys run along sublanes. The G query
+heads of a group are folded into X = G·block_q columns, so that keys and values are loaded once a group.
+
+B rows, T query time, S key time, N query heads, K key-value heads, G = N/K, H head width, X = G·block_q columns.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from pretrain.kernels.attention import worklist
+from pretrain.kernels.attention.configs import TpuBlocks
+from pretrain.kernels.attention.math import LN2, LOG2E, MASKED, logits_base2, score_gradient, visible
+from pretrain.kernels.attention.plan import AttentionSpec, PackPlan
+from pretrain.kernels.attention.worklist import WorkList
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What the kernels need to know at trace time."""
+
+    scale: float
+    softcap: float | None
+    blocks: TpuBlocks
+    interpret: object
+    count: bool = False
+
+
+def tpu_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    plan: PackPlan,
+    work: tuple[WorkList, WorkList, WorkList],
+    sinks_N: Float[Array, " N"] | None,
+    spec: AttentionSpec,
+    blocks: TpuBlocks,
+    *,
+    q_offset: int | Array,
+    interpret: object = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Output and natural log-sum-exp. T and S are multiples of the blocks; `plan` holds the local queries.
+
+    work: the lists of `blocks.tiles`. interpret: as in pl.pallas_call.
+    """
+    batch, time, heads, width = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    scale = width**-0.5 if spec.scale is None else spec.scale
+    static = _Static(scale, spec.softcap, blocks, interpret)
+    q = jnp.swapaxes(q_BTNH, 1, 2).reshape(batch, kv_heads, heads // kv_heads, time, width)
+    k, v = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    rows = (_positions(q_offset, batch, time), plan.k_lo_BT.reshape(batch, 1, time))
+    sinks = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(kv_heads, -1)
+    o, lse2 = _attention(static, q, k, v, sinks, rows, work)
+    o_BTNH = jnp.swapaxes(o.reshape(batch, heads, time, width), 1, 2)
+    return o_BTNH, lse2.reshape(batch, heads, time) * LN2
+
+
+def _positions(q_offset: int | Array, batch: int, time: int) -> Array:
+    offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
+    return (offset[:, None] + jnp.arange(time, dtype=jnp.int32)[None]).reshape(batch, 1, time)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static, q, k, v, sinks, rows, work):
+    return _forward(static, q, k, v, sinks, rows, work)[:2]
+
+
+def _attention_fwd(static, q, k, v, sinks, rows, work):
+    o, lse2 = _forward(static, q, k, v, sinks, rows, work)[:2]
+    # Named so that a remat policy can keep them and the backward pass needs no second forward.
+    o, lse2 = checkpoint_name(o, "attn_out"), checkpoint_name(lse2, "attn_lse")
+    return (o, lse2), (q, k, v, sinks, rows, work, o, lse2)
+
+
+def _attention_bwd(static, residuals, cotangents):
+    q, k, v, sinks, rows, work, o, lse2 = residuals
+    do, dlse2 = cotangents
+    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(axis=4) - dlse2 * LOG2E
+    dq, _ = _backward_q(static, q, k, v, do, lse2, delta, rows, work[1])
+    dk, dv, _ = _backward_kv(static, q, k, v, do, lse2, delta, rows, work[2])
+    dsinks = None
+    if sinks is not None:
+        dsinks = -(jnp.exp2(sinks[None, :, :, None] * LOG2E - lse2) * delta).sum(axis=(0, 3))
+    return dq, dk, dv, dsinks, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+# --- the parts that the three kernels share
+
+
+def _unpack(word, bits: int):
+    return lax.shift_right_logical(word, jnp.int32(bits)), word & ((1 << bits) - 1)
+
+
+def _step(outer_ref, inner_ref):
+    """(key-value head, outer block, inner block, flags) of the current step."""
+    # Here and not inside a pl.when: the interpreter knows no program_id there.
+    head, step = pl.program_id(0), pl.program_id(1)
+    _, outer = _unpack(outer_ref[step], worklist.OUTER_BITS)
+    inner, flags = _unpack(inner_ref[step], worklist.FLAG_BITS)
+    return head, outer, inner, flags
+
+
+def _when(flags, bit: int):
+    return pl.when((flags & bit) != 0)
+
+
+def _columns(ref, group: int):
+    """A [G, block_q] or [1, block_q] block as one row of X columns."""
+    rows = [ref[g : g + 1, :] for g in range(ref.shape[0])]
+    rows = rows * (group // len(rows))
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
+
+
+def _dot(x, y, contract: tuple[int, int]):
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _logits(static: _Static, q_XH, k_CH, first_key, q_pos, k_lo, masked: bool):
+    """Base-2 logits [C keys, X columns], and the tanh of the soft cap."""
+    logits, tanh = logits_base2(_dot(k_CH, q_XH, (1, 1)), static.scale, static.softcap)
+    if masked:
+        k_pos = lax.broadcasted_iota(jnp.int32, (k_CH.shape[0], 1), 0) + first_key
+        logits = jnp.where(visible(q_pos, k_lo, k_pos), logits, MASKED)
+    return logits, tanh
+
+
+def _each_slice(static: _Static, block_k: int, flags, body) -> None:
+    """Calls body(slice start, masked) for the slices of a block: one copy of the code with a mask, one without."""
+    size = min(static.blocks.slice_k, block_k)
+
+    def run(masked: bool) -> None:
+        def one(c, _):
+            body(pl.multiple_of(c * size, size), size, masked)
+            return _
+
+        if block_k == size:
+            body(0, size, masked)
+        else:
+            lax.fori_loop(0, block_k // size, one, None)
+
+    @pl.when((flags & (worklist.COMPUTE | worklist.MASKED)) == (worklist.COMPUTE | worklist.MASKED))
+    def _():
+        run(True)
+
+    @pl.when((flags & (worklist.COMPUTE | worklist.MASKED)) == worklist.COMPUTE)
+    def _():
+        run(False)
+
+
+def _count(count_ref, flags) -> None:
+    """The kernel's own record of the blocks it entered, one number a key-value head."""
+    if count_ref is None:
+        return
+    head = pl.program_id(0)
+    before = jnp.where(pl.program_id(1) == 0, 0, count_ref[head])
+    count_ref[head] = before + ((flags & worklist.COMPUTE) != 0).astype(jnp.int32)
+
+
+class _Specs:
+    """Block specs by what they index: the outer block of the list on one side, the inner block on the other."""
+
+    def __init__(self, work: WorkList, group: int, width: int):
+        def side(of_queries: bool):
+            from_outer = of_queries == (work.side == "q")
+
+            def block(head, step, outer_ref, inner_ref):
+                row, outer = _unpack(outer_ref[step], worklist.OUTER_BITS)
+                inner, _ = _unpack(inner_ref[step], worklist.FLAG_BITS)
+                return row, outer if from_outer else inner
+
+            return block
+
+        q_block, k_block = side(True), side(False)
+
+        def queries(head, step, *refs):
+            row, i = q_block(head, step, *refs)
+            return row, head, 0, i, 0
+
+        def vectors(head, step, *refs):
+            row, i = q_block(head, step, *refs)
+            return row, head, 0, i
+
+        def ranges(head, step, *refs):
+            row, i = q_block(head, step, *refs)
+            return row, 0, i
+
+        def keys(head, step, *refs):
+            row, j = k_block(head, step, *refs)
+            return row, head, j, 0
+
+        self.queries = pl.BlockSpec((None, None, group, work.block_q, width), queries)
+        self.vectors = pl.BlockSpec((None, None, group, work.block_q), vectors)
+        self.ranges = pl.BlockSpec((None, 1, work.block_q), ranges)
+        self.keys = pl.BlockSpec((None, None, work.block_k, width), keys)
+        self.sinks = pl.BlockSpec(memory_space=pltpu.SMEM)
+
+
+def _call(static: _Static, kernel, work: WorkList, kv_heads: int, in_specs, out_specs, out_shape, scratch, name):
+    out_specs, out_shape = list(out_specs), list(out_shape)
+    if static.count:
+        out_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
+        out_shape.append(jax.ShapeDtypeStruct((kv_heads,), jnp.int32))
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(kv_heads, work.num_steps),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        # Heads are independent; the counters of different heads share a word of scalar memory, so not when counting.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary" if static.count else "parallel", "arbitrary")
+        ),
+        interpret=static.interpret,
+        name=name,
+    )
+
+
+# --- forward
+
+
+def _forward_kernel(static: _Static, group: int, has_sinks: bool, *refs):
+    outer_ref, inner_ref, q_pos_ref, k_lo_ref, q_ref, k_ref, v_ref, *refs = refs
+    sinks_ref, refs = (refs[0], refs[1:]) if has_sinks else (None, refs)
+    o_ref, lse_ref, *refs = refs
+    count_ref, refs = (refs[0], refs[1:]) if static.count else (None, refs)
+    m_ref, l_ref, acc_ref = refs
+    head, _, block, flags = _step(outer_ref, inner_ref)
+    block_k, block_q = k_ref.shape[0], q_pos_ref.shape[1]
+    _count(count_ref, flags)
+
+    @_when(flags, worklist.FIRST)
+    def _():
+        if sinks_ref is None:
+            m_ref[...] = jnp.full(m_ref.shape, MASKED, jnp.float32)
+            l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
+        else:
+            for g in range(group):
+                sink = sinks_ref[head, g] * LOG2E
+                m_ref[:, g * block_q : (g + 1) * block_q] = jnp.full((1, block_q), sink, jnp.float32)
+            l_ref[...] = jnp.ones(l_ref.shape, jnp.float32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+
+    def body(start, size, masked):
+        q_XH = q_ref[...].reshape(group * block_q, q_ref.shape[2])
+        q_pos, k_lo = _columns(q_pos_ref, group), _columns(k_lo_ref, group)
+        keys = pl.ds(start, size)
+        t, _ = _logits(static, q_XH, k_ref[keys, :], block * block_k + start, q_pos, k_lo, masked)
+        m_old = m_ref[...]
+        m_new = jnp.maximum(m_old, t.max(axis=0, keepdims=True))
+        p = jnp.exp2(t - m_new)
+        alpha = jnp.exp2(m_old - m_new)
+        m_ref[...] = m_new
+        l_ref[...] = l_ref[...] * alpha + p.sum(axis=0, keepdims=True)
+        v_CH = v_ref[keys, :]
+        acc_ref[...] = acc_ref[...] * alpha + _dot(v_CH, p.astype(v_CH.dtype), (0, 0))
+
+    _each_slice(static, block_k, flags, body)
+
+    @_when(flags, worklist.LAST)
+    def _():
+        total = l_ref[...]
+        o_HX = acc_ref[...] * (1.0 / total)
+        o_ref[...] = o_HX.T.reshape(o_ref.shape).astype(o_ref.dtype)
+        lse = m_ref[...] + jnp.log2(total)
+        for g in range(group):
+            lse_ref[g : g + 1, :] = lse[:, g * block_q : (g + 1) * block_q]
+
+
+def _forward(static: _Static, q, k, v, sinks, rows, work):
+    """o [B, K, G, T, H], base-2 log-sum-exp [B, K, G, T], and the block count of each key-value head if asked."""
+    batch, kv_heads, group, time, width = q.shape
+    work = work[0]
+    specs = _Specs(work, group, width)
+    columns = group * work.block_q
+    in_specs = [specs.ranges, specs.ranges, specs.queries, specs.keys, specs.keys]
+    operands = [*rows, q, k, v]
+    if sinks is not None:
+        in_specs.append(specs.sinks)
+        operands.append(sinks)
+    return _call(
+        static,
+        functools.partial(_forward_kernel, static, group, sinks is not None),
+        work,
+        kv_heads,
+        in_specs,
+        [specs.queries, specs.vectors],
+        [
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, kv_heads, group, time), jnp.float32),
+        ],
+        [
+            pltpu.VMEM((1, columns), jnp.float32),
+            pltpu.VMEM((1, columns), jnp.float32),
+            pltpu.VMEM((width, columns), jnp.float32),
+        ],
+        "attention_forward",
+    )(work.outer, work.inner, *operands)
+
+
+# --- backward
+
+
+def _tile_gradients(static, q_XH, do_XH, k_CH, v_CH, first_key, q_pos, k_lo, lse, delta, masked):
+    """Probabilities and score gradients, both [C keys, X columns]."""
+    t, tanh = _logits(static, q_XH, k_CH, first_key, q_pos, k_lo, masked)
+    p = jnp.exp2(t - lse)
+    return p, score_gradient(p, _dot(v_CH, do_XH, (1, 1)), delta, tanh)
+
+
+def _backward_q_kernel(static: _Static, group: int, *refs):
+    outer_ref, inner_ref, q_pos_ref, k_lo_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, *refs = refs
+    count_ref, refs = (refs[0], refs[1:]) if static.count else (None, refs)
+    (acc_ref,) = refs
+    _, _, block, flags = _step(outer_ref, inner_ref)
+    block_k, columns = k_ref.shape[0], acc_ref.shape[1]
+    _count(count_ref, flags)
+
+    @_when(flags, worklist.FIRST)
+    def _():
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+
+    def body(start, size, masked):
+        q_XH, do_XH = (ref[...].reshape(columns, -1) for ref in (q_ref, do_ref))
+        q_pos, k_lo, lse, delta = (_columns(ref, group) for ref in (q_pos_ref, k_lo_ref, lse_ref, delta_ref))
+        k_CH, v_CH = k_ref[pl.ds(start, size), :], v_ref[pl.ds(start, size), :]
+        first_key = block * block_k + start
+        _, ds = _tile_gradients(
+            static, q_XH, do_XH, k_CH, v_CH, first_key, q_pos, k_lo, lse, delta, masked
+        )
+        acc_ref[...] += _dot(k_CH, ds.astype(k_CH.dtype), (0, 0))
+
+    _each_slice(static, block_k, flags, body)
+
+    @_when(flags, worklist.LAST)
+    def _():
+        dq_ref[...] = (acc_ref[...] * static.scale).T.reshape(dq_ref.shape).astype(dq_ref.dtype)
+
+
+def _backward_q(static: _Static, q, k, v, do, lse2, delta, rows, work: WorkList):
+    _, kv_heads, group, _, width = q.shape
+    specs = _Specs(work, group, width)
+    out = _call(
+        static,
+        functools.partial(_backward_q_kernel, static, group),
+        work,
+        kv_heads,
+        [
+            *[specs.ranges, specs.ranges, specs.queries, specs.keys, specs.keys, specs.queries],
+            *[specs.vectors, specs.vectors],
+        ],
+        [specs.queries],
+        [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        [pltpu.VMEM((width, group * work.block_q), jnp.float32)],
+        "attention_backward_q",
+    )(work.outer, work.inner, *rows, q, k, v, do, lse2, delta)
+    return out[0], out[1] if static.count else None
+
+
+def _backward_kv_kernel(static: _Static, group: int, *refs):
+    outer_ref, inner_ref, q_pos_ref, k_lo_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs = refs
+    dk_ref, dv_ref, *refs = refs
+    count_ref, refs = (refs[0], refs[1:]) if static.count else (None, refs)
+    dk_acc_ref, dv_acc_ref = refs
+    _, block, _, flags = _step(outer_ref, inner_ref)
+    block_k, columns = k_ref.shape[0], group * q_pos_ref.shape[1]
+    _count(count_ref, flags)
+
+    @_when(flags, worklist.FIRST)
+    def _():
+        dk_acc_ref[...] = jnp.zeros(dk_acc_ref.shape, jnp.float32)
+        dv_acc_ref[...] = jnp.zeros(dv_acc_ref.shape, jnp.float32)
+
+    def body(start, size, masked):
+        q_XH, do_XH = (ref[...].reshape(columns, -1) for ref in (q_ref, do_ref))
+        q_pos, k_lo, lse, delta = (_columns(ref, group) for ref in (q_pos_ref, k_lo_ref, lse_ref, delta_ref))
+        keys = pl.ds(start, size)
+        first_key = block * block_k + start
+        p, ds = _tile_gradients(
+            static, q_XH, do_XH, k_ref[keys, :], v_ref[keys, :], first_key, q_pos, k_lo, lse, delta, masked
+        )
+        dv_acc_ref[keys, :] += _dot(p.astype(do_XH.dtype), do_XH, (1, 0))
+        dk_acc_ref[keys, :] += _dot(ds.astype(q_XH.dtype), q_XH, (1, 0))
+
+    _each_slice(static, block_k, flags, body)
+
+    @_when(flags, worklist.LAST)
+    def _():
+        dk_ref[...] = (dk_acc_ref[...] * static.scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
+
+
+def _backward_kv(static: _Static, q, k, v, do, lse2, delta, rows, work: WorkList):
+    _, kv_heads, group, _, width = q.shape
+    specs = _Specs(work, group, width)
+    accumulator = pltpu.VMEM((work.block_k, width), jnp.float32)
+    out = _call(
+        static,
+        functools.partial(_backward_kv_kernel, static, group),
+        work,
+        kv_heads,
+        [
+            *[specs.ranges, specs.ranges, specs.queries, specs.keys, specs.keys, specs.queries],
+            *[specs.vectors, specs.vectors],
+        ],
+        [specs.keys, specs.keys],
+        [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        [accumulator, accumulator],
+        "attention_backward_kv",
+    )(work.outer, work.inner, *rows, q, k, v, do, lse2, delta)
+    return out[0], out[1], out[2] if static.count else None
+
+
+def visited_blocks(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, plan: PackPlan, work, spec: AttentionSpec, blocks: TpuBlocks, *,
+    interpret: object = False,
+) -> dict[str, Array]:
+    """Blocks that the forward, dq and dk/dv kernels entered, counted by the kernels, for each key-value head."""
+    batch, time, heads, width = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    scale = width**-0.5 if spec.scale is None else spec.scale
+    static = _Static(scale, spec.softcap, blocks, interpret, count=True)
+    q = jnp.swapaxes(q_BTNH, 1, 2).reshape(batch, kv_heads, heads // kv_heads, time, width)
+    k, v = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    rows = (_positions(0, batch, time), plan.k_lo_BT.reshape(batch, 1, time))
+    o, lse2, forward = _forward(static, q, k, v, None, rows, work)
+    _, backward_q = _backward_q(static, q, k, v, o, lse2, lse2, rows, work[1])
+    _, _, backward_kv = _backward_kv(static, q, k, v, o, lse2, lse2, rows, work[2])
+    return {"forward": forward, "backward_q": backward_q, "backward_kv": backward_kv}
