@@ -113,6 +113,7 @@ class Limits(Record):
     """What a job may use before it is stopped, and the status names which of these it met."""
 
     wall_s: float = 60.0
+    cpu_s: float | None = None  # the compute budget: what a run may use of all its cores together
     memory_bytes: int = 2 << 30
     pids: int = 128
     disk_bytes: int = 256 << 20
@@ -122,7 +123,7 @@ class Limits(Record):
         faults = [
             f"limits.{field.name} must be positive, got {getattr(self, field.name)}"
             for field in dataclasses.fields(self)
-            if not getattr(self, field.name) > 0
+            if getattr(self, field.name) is not None and not getattr(self, field.name) > 0
         ]
         if faults:
             raise ConfigError(*faults)

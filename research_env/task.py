@@ -156,7 +156,7 @@ _KEYS = {
     "locked": list, "private": list, "artifact": list, "artifact_mb": (int, float), "servers": int, "serve_module": str,
     "min_delta": (int, float), "rungs": list, "data": str, "limits": dict, "judge_limits": dict, "policy": dict,
 }  # fmt: skip
-_LIMIT_KEYS = {"wall_s", "memory_mb", "pids", "disk_mb", "output_kb"}
+_LIMIT_KEYS = {"wall_s", "cpu_s", "memory_mb", "pids", "disk_mb", "output_kb"}
 _POLICY_KEYS = {"suffixes", "max_diff_bytes", "max_files", "max_hunks", "max_line_bytes", "max_file_bytes"}
 
 
@@ -206,6 +206,7 @@ def _read_toml(folder: Path) -> dict[str, Any]:
 def _limits(table: Mapping[str, Any], wall_s: float) -> Limits:
     return Limits(
         wall_s=float(table.get("wall_s", wall_s)),
+        cpu_s=float(table["cpu_s"]) if "cpu_s" in table else None,
         memory_bytes=int(table.get("memory_mb", 2048)) << 20,
         pids=int(table.get("pids", 128)),
         disk_bytes=int(table.get("disk_mb", 256)) << 20,

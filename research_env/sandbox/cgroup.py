@@ -29,6 +29,11 @@ class Hierarchies:
         return "memory" in self.v1 or "memory" in self.v2_controllers
 
     @property
+    def has_cpu(self) -> bool:
+        """Whether processor time is counted."""
+        return self.v2 is not None or "cpuacct" in self.v1
+
+    @property
     def has_pids(self) -> bool:
         """Whether the number of processes can be limited."""
         return "pids" in self.v1 or "pids" in self.v2_controllers
@@ -45,7 +50,7 @@ def find_hierarchies() -> Hierarchies:
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     for _, point, kind, options, *_ in mounts:
         if kind == "cgroup":
-            for name in ("memory", "pids", "cpuset"):
+            for name in ("memory", "pids", "cpuset", "cpuacct"):
                 if name in options.split(","):
                     folder = Path(point + own.get(name, "/"))
                     if _can_make_groups(folder):
@@ -135,6 +140,14 @@ class Group:
             return 0
         file = self._memory / ("memory.max_usage_in_bytes" if self._memory_v1 else "memory.peak")
         return int(file.read_text()) if file.exists() else 0
+
+    def cpu_s(self) -> float | None:
+        """Processor seconds of all processes so far, the ended ones included; None where nothing counts them."""
+        if self._v2 is not None and (self._v2 / "cpu.stat").exists():
+            return _count(self._v2 / "cpu.stat", "usage_usec") / 1e6
+        if "cpuacct" in self._v1:
+            return int((self._v1["cpuacct"] / "cpuacct.usage").read_text()) / 1e9
+        return None
 
     def processes(self) -> set[int]:
         """Process ids of everything still in the job."""

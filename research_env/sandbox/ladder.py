@@ -177,6 +177,8 @@ def _bait() -> Iterator[_Bait]:
         address = f"autodidact-{os.getpid()}-{time.monotonic_ns()}"
         abstract.bind("\0" + address)
         abstract.listen()
+        os.environ["AUTODIDACT_CANARY"] = "a secret of the harness"
+        stack.callback(os.environ.pop, "AUTODIDACT_CANARY")
         yield _Bait(
             {
                 "outside": str(folder),

@@ -189,6 +189,7 @@ class Job:
         poller = select.poll()
         poller.register(self._pidfd, select.POLLIN)
         poller.register(self._stream.fileno(), select.POLLIN)
+        next_look = self._start + POLL_S
         try:
             while True:
                 now = time.monotonic()
@@ -207,9 +208,11 @@ class Job:
                     break
                 if self._pidfd in events:
                     break
-                if not events and (verdict := self._measure()):
-                    self._verdict = verdict
-                    break
+                if now >= next_look:
+                    next_look = now + POLL_S
+                    self._verdict = self._measure()
+                    if self._verdict is not None:
+                        break
         finally:
             self.close()
         assert self._outcome is not None
@@ -231,6 +234,9 @@ class Job:
         """What control groups and a sized disk would hold, checked by looking, where the host lacks them."""
         if self._scratch is not None and not self._scratch.is_capped and self._scratch.is_full():
             return Status.DISK_LIMIT, f"used more than {self._limits.disk_bytes} bytes of disk"
+        used = self._group.cpu_s()
+        if self._limits.cpu_s is not None and used is not None and used > self._limits.cpu_s:
+            return Status.RUN_TIMEOUT, f"used more than the budget of {self._limits.cpu_s:g} cpu-seconds"
         if self._has_memory and self._has_pids:
             return None
         tree = _descendants(self._process.pid)
@@ -260,7 +266,10 @@ class Job:
         os.close(self._status_fd)
         os.close(self._pidfd)
         self._stream.close()
-        verdict, reason = self._judge(reported)
+        # bubblewrap does not wait for its child, so the usage of children is only right where groups count it.
+        counted = self._group.cpu_s()
+        cpu_s = usage.ru_utime + usage.ru_stime if counted is None else counted
+        verdict, reason = self._judge(reported, cpu_s)
         # The group's peak counts files in memory, which is what the limit counts.
         peak = self._group.peak_memory_bytes() or usage.ru_maxrss * 1024
         self._group.remove()
@@ -270,14 +279,14 @@ class Job:
             returncode=self._process.returncode,
             wall_s=wall_s,
             kill_s=kill_s,
-            cpu_s=usage.ru_utime + usage.ru_stime,
+            cpu_s=cpu_s,
             peak_memory_bytes=peak,
             num_output_bytes=self._num_output_bytes,
             output_tail=self._tail[-TAIL_BYTES:].decode("utf-8", "replace"),
         )
         return self._outcome
 
-    def _judge(self, reported: bytes) -> tuple[Status, str]:
+    def _judge(self, reported: bytes, cpu_s: float) -> tuple[Status, str]:
         code = self._process.returncode
         if self._verdict is not None:
             return self._verdict
@@ -287,6 +296,8 @@ class Job:
             return Status.INFRA_ERROR, f"the jail did not start the job: {self._last_line()}"
         if self._group.num_oom_kills() > 0 and code != 0:
             return Status.OOM_HOST, f"used more than {self._limits.memory_bytes} bytes of memory"
+        if self._limits.cpu_s is not None and cpu_s > self._limits.cpu_s:
+            return Status.RUN_TIMEOUT, f"used more than the budget of {self._limits.cpu_s:g} cpu-seconds"
         if code == 0:
             return Status.OK, ""
         if code in (-signal.SIGXFSZ, 128 + signal.SIGXFSZ) or (

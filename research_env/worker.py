@@ -1,0 +1,420 @@
+"""One job, start to end: run, kill, seal, judge, one result. `python -m research_env.worker job.json result.json` on any host.
+
+A bad program is a result, never an exception; a fault of the host is INFRA_ERROR, which the scheduler retries.
+"""
+
+import base64
+import dataclasses
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import stable_seed
+from pretrain.rundir import write_json_atomic
+from research_env.evaluate.seal import NoArtifact, digest_artifact, seal_artifact
+from research_env.records import Result, Status, tree_digest
+from research_env.sandbox import cgroup
+from research_env.sandbox.jail import NOBODY, Jail, Mount, python_mounts
+from research_env.sandbox.run import Job, Outcome, Scratch, scratch_root
+from research_env.task import Task, read_task
+
+LOG_TAIL_CHARACTERS = 4000
+_CURVE_LINE = re.compile(r"^step (\d{1,9}) loss (\d{1,9}(?:\.\d{1,12})?)\s*$", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """What a worker needs; everything is plain data, so that it can cross to another host."""
+
+    run_key: str
+    name: str  # prefix of every process group and folder of this job, so that a sweep finds them
+    task_folder: str
+    tree: Mapping[str, bytes]
+    seed: int
+    rung: float
+    level: str
+    label: str  # what the result says about isolation
+    workdir: str  # where sealed artifacts and the judge's files are
+    cpus: tuple[int, ...] = ()
+    num_devices: int = 1
+    cache: str = ""  # compile cache, read-only to candidates
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; the tree is base64."""
+        tree = {path: base64.b64encode(data).decode() for path, data in self.tree.items()}
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "tree": tree,
+            "cpus": list(self.cpus),
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "JobSpec":
+        """The spec of `to_json`."""
+        tree = {path: base64.b64decode(data) for path, data in fields["tree"].items()}
+        return cls(**{**fields, "tree": tree, "cpus": tuple(fields["cpus"])})
+
+
+def sealed_folder(workdir: str | Path, run_key: str) -> Path:
+    """Where the artifact of a run is kept between seal and result."""
+    return Path(workdir) / "sealed" / run_key
+
+
+def lay_out_judge(task: Task, workdir: str | Path) -> Path:
+    """Write the private files and the judge's and server's code once; the folder's name is their digest."""
+    library = Path(__file__).parent / "evaluate"
+    files = {f"locked/{path}": data for path, data in task.private.items()}
+    files |= {
+        "judge/judge.py": (library / "judge.py").read_bytes(),
+        "server/server.py": (library / "server.py").read_bytes(),
+    }
+    folder = Path(workdir) / "judges" / tree_digest(files)
+    if not folder.is_dir():
+        building = folder.with_name(f".{folder.name}-{os.getpid()}-{threading.get_ident()}")
+        write_tree(building, files, owner=None)
+        try:
+            building.rename(folder)
+        except OSError:  # another worker was first
+            shutil.rmtree(building)
+    return folder
+
+
+def write_tree(folder: Path, tree: Mapping[str, bytes], owner: int | None) -> None:
+    """Write a tree into a new folder that nobody else can reach yet; paths were checked when the tree was made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {folder}
+    for path, data in sorted(tree.items()):
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made |= {parent for parent in target.parents if parent.is_relative_to(folder)}
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        if owner is not None:
+            os.chown(target, owner, owner)
+    for parent in made:
+        parent.chmod(0o755)
+        if owner is not None:
+            os.chown(parent, owner, owner)
+
+
+def digest_folder(folder: Path) -> str:
+    """The tree digest of a folder of plain files."""
+    files = {}
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            files[path.relative_to(folder).as_posix()] = path.read_bytes()
+        elif not stat.S_ISDIR(mode):
+            raise AssertionError(f"{path} appeared among locked files")
+    return tree_digest(files)
+
+
+def run_job(
+    spec: JobSpec, task: Task, *, on_sealed: Any = None, should_stop: threading.Event | None = None
+) -> Result:
+    """Run and judge; a sealed artifact that a killed supervisor left is judged again, not trained again.
+
+    `on_sealed(digest)` is called between the two, for the ledger.
+    """
+    hierarchies = cgroup.find_hierarchies()
+    scratch = Scratch(scratch_root(), spec.name, task.limits.disk_bytes + (4 << 20))
+    try:
+        judge_files = lay_out_judge(task, spec.workdir)
+        assert digest_folder(judge_files) == judge_files.name, (
+            f"locked files in {judge_files} were changed; delete the folder"
+        )
+        sealed = sealed_folder(spec.workdir, spec.run_key)
+        common: dict[str, Any] = {
+            "higher_is_better": task.higher_is_better,
+            "seed": spec.seed,
+            "rung": spec.rung,
+            "isolation": spec.label,
+            "tree_digest": tree_digest(spec.tree),
+            "run_key": spec.run_key,
+        }
+        note = sealed.with_suffix(".json")
+        if sealed.is_dir() and note.is_file():
+            common |= json.loads(note.read_text())
+        else:
+            shutil.rmtree(sealed, ignore_errors=True)
+            outcome = _train(spec, task, hierarchies, scratch, should_stop)
+            common |= {
+                "wall_s": outcome.wall_s,
+                "device_s": outcome.wall_s * spec.num_devices,
+                "cpu_s": outcome.cpu_s,
+                "peak_memory_bytes": outcome.peak_memory_bytes,
+                "log_tail": clean_log(outcome.output_tail),
+                "curve": tuple((int(a), float(b)) for a, b in _CURVE_LINE.findall(outcome.output_tail)),
+            }
+            if outcome.status is not Status.OK:
+                return Result(status=outcome.status, reason=outcome.reason, **common)
+            sealed.parent.mkdir(parents=True, exist_ok=True)
+            building = sealed.with_name(sealed.name + ".part")
+            shutil.rmtree(building, ignore_errors=True)
+            try:
+                found = seal_artifact(scratch.path / "out", building, task.artifact, task.max_artifact_bytes)
+            except NoArtifact as error:
+                shutil.rmtree(building, ignore_errors=True)
+                return Result(status=Status.NO_ARTIFACT, reason=str(error), **common)
+            common["artifact_digest"] = found
+            write_json_atomic(note, common)
+            building.rename(sealed)
+            if on_sealed is not None:
+                on_sealed(found)
+        if digest_artifact(sealed) != common["artifact_digest"]:
+            shutil.rmtree(sealed)
+            return Result(status=Status.INFRA_ERROR, reason="the sealed artifact changed on disk", **common)
+        start = time.monotonic()
+        status, reason, metric, extra = _judge(
+            spec, task, hierarchies, scratch, judge_files, sealed, should_stop
+        )
+        assert digest_folder(judge_files) == judge_files.name, (
+            f"locked files in {judge_files} were changed; delete the folder"
+        )
+        common["judge_s"] = time.monotonic() - start
+        return Result(status=status, reason=reason, metric=metric, extra=extra, **common)
+    finally:
+        scratch.remove()
+
+
+def _train(
+    spec: JobSpec, task: Task, hierarchies: Any, scratch: Scratch, should_stop: threading.Event | None
+) -> Outcome:
+    owner = NOBODY if scratch.is_capped else None
+    write_tree(scratch.folder("ws"), spec.tree, owner)
+    scratch.folder("out")
+    mounts = [
+        *python_mounts(),
+        Mount(host=str(scratch.path / "ws"), name="ws", writable=True),
+        Mount(host=str(scratch.path / "out"), name="out", writable=True),
+    ]
+    environment = {"OUT": "{out}", "SEED": str(spec.seed), "RUNG": repr(spec.rung), **_threads(spec)}
+    if task.data:
+        mounts.append(Mount(host=os.path.abspath(task.data), name="data"))
+        environment["DATA"] = "{data}"
+    if spec.cache:
+        mounts.append(Mount(host=spec.cache, name="cache"))
+        environment |= {"JAX_COMPILATION_CACHE_DIR": "{cache}", **CACHE_SETTINGS}
+    changed = [
+        path for path, data in spec.tree.items() if path.endswith(".py") and task.baseline.get(path) != data
+    ]
+    if changed:
+        # Compiled inside the jail, because a parser is no place to trust strange input either.
+        code = (
+            "import sys; [compile(open(p, 'rb').read(), p, 'exec', dont_inherit=True) for p in sys.argv[1:]]"
+        )
+        jail = _jail(spec, task, scratch, mounts, "ws", environment, suffix="build")
+        outcome = Job(
+            jail, [sys.executable, "-I", "-S", "-c", code, *changed], hierarchies, scratch=scratch
+        ).wait(should_stop)
+        if outcome.status is Status.RUN_CRASH:
+            return dataclasses.replace(
+                outcome, status=Status.BUILD_FAILED, reason="a changed file does not compile"
+            )
+        if outcome.status is not Status.OK:
+            return outcome
+    jail = _jail(spec, task, scratch, mounts, "ws", environment, suffix="run")
+    outcome = Job(jail, ["/bin/sh", "run.sh"], hierarchies, scratch=scratch).wait(should_stop)
+    if outcome.status is Status.RUN_CRASH and "RESOURCE_EXHAUSTED" in outcome.output_tail:
+        # Taken from the log, hence forgeable; it is repaired and rewarded exactly as the crash it refines.
+        return dataclasses.replace(outcome, status=Status.OOM_DEVICE)
+    return outcome
+
+
+CACHE_SETTINGS = {
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",  # makes the key independent of the folder's path
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def _threads(spec: JobSpec) -> dict[str, str]:
+    count = str(max(1, len(spec.cpus)))
+    return {name: count for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
+def _jail(
+    spec: JobSpec,
+    task: Task,
+    scratch: Scratch,
+    mounts: list[Mount],
+    cwd: str,
+    environment: dict[str, str],
+    *,
+    suffix: str,
+    is_judge: bool = False,
+) -> Jail:
+    stage = scratch.stage / suffix
+    stage.mkdir(mode=0o711)
+    return Jail(
+        level=spec.level,
+        name=f"{spec.name}-{suffix}",
+        stage=str(stage),
+        mounts=tuple(mounts),
+        cwd=cwd,
+        environment=environment,
+        limits=task.judge_limits if is_judge else task.limits,
+        cpus=spec.cpus,
+    )
+
+
+def _judge(
+    spec: JobSpec,
+    task: Task,
+    hierarchies: Any,
+    scratch: Scratch,
+    judge_files: Path,
+    sealed: Path,
+    should_stop: threading.Event | None,
+) -> tuple[Status, str, float | None, dict[str, float]]:
+    result_folder = scratch.folder("result")
+    base = [*python_mounts(), Mount(host=os.path.abspath(sealed), name="artifact")]
+    mounts = [
+        *base,
+        Mount(host=os.path.abspath(judge_files / "locked"), name="locked"),
+        Mount(host=os.path.abspath(judge_files / "judge"), name="judge"),
+        Mount(host=str(result_folder), name="result", writable=True),
+    ]
+    environment = {
+        "ARTIFACT": "{artifact}",
+        "JUDGE": "{judge}",
+        "RESULT": "{result}/result.json",
+        "SEED": str(spec.seed),
+        # Drawn after the run has ended, so that nothing trained could know which positions are tested.
+        "JUDGE_SEED": str(int.from_bytes(os.urandom(4))),
+        **_threads(spec),
+    }
+    jobs: list[Job] = []
+    threads: list[threading.Thread] = []
+    stop = threading.Event()
+    judge_fds: list[int] = []
+    try:
+        if task.num_servers:
+            tree = scratch.path / "tree"
+            write_tree(tree, spec.tree, owner=None)
+            server_mounts = [
+                *base,
+                Mount(host=str(tree), name="ws"),
+                Mount(host=os.path.abspath(judge_files / "server"), name="server"),
+            ]
+        for index in range(task.num_servers):
+            to_server, from_judge = os.pipe()
+            to_judge, from_server = os.pipe()
+            judge_fds += [to_judge, from_judge]
+            jail = _jail(spec, task, scratch, server_mounts, "ws", _threads(spec), suffix=f"server{index}")
+            limits = dataclasses.replace(task.limits, wall_s=task.judge_limits.wall_s + 5)
+            argv = [sys.executable, "-I", "{server}/server.py", task.serve_module, "{artifact}"]
+            try:
+                jobs.append(
+                    Job(
+                        dataclasses.replace(jail, limits=limits),
+                        argv,
+                        hierarchies,
+                        stdin=to_server,
+                        stdout=from_server,
+                    )
+                )
+            finally:
+                os.close(to_server)
+                os.close(from_server)
+            threads.append(threading.Thread(target=jobs[-1].wait, args=(stop,)))
+            threads[-1].start()
+        pairs = zip(judge_fds[::2], judge_fds[1::2], strict=True)
+        environment["SERVERS"] = ",".join(f"{read}:{write}" for read, write in pairs)
+        jail = _jail(spec, task, scratch, mounts, "locked", environment, suffix="judge", is_judge=True)
+        job = Job(jail, ["/bin/sh", "eval.sh"], hierarchies, scratch=scratch, keep_fds=tuple(judge_fds))
+        outcome = job.wait(should_stop)
+    finally:
+        stop.set()
+        for fd in judge_fds:
+            os.close(fd)
+        for thread in threads:
+            thread.join()
+    for server in jobs:
+        if server.close().status is Status.INFRA_ERROR:
+            return Status.INFRA_ERROR, server.close().reason, None, {}
+    if outcome.status in (Status.INFRA_ERROR, Status.PREEMPTED):
+        return outcome.status, outcome.reason, None, {}
+    if outcome.status is Status.RUN_TIMEOUT:
+        return Status.EVAL_TIMEOUT, f"judging took longer than {task.judge_limits.wall_s:g} s", None, {}
+    if outcome.status is not Status.OK:
+        # The judge's own log stays with the harness: from it the ideator learns the status only.
+        return (
+            Status.EVAL_CRASH,
+            f"the evaluator ended with {outcome.status.value}: {clean_log(outcome.output_tail[-400:])}",
+            None,
+            {},
+        )
+    return read_metric(result_folder / "result.json", task)
+
+
+def read_metric(file: Path, task: Task) -> tuple[Status, str, float | None, dict[str, float]]:
+    """The judge's document: a finite number in the task's declared range, or METRIC_INVALID."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return Status.EVAL_CRASH, "the evaluator wrote no result to $RESULT", None, {}
+    with os.fdopen(fd, "rb") as stream:
+        data = stream.read(65_537)
+    try:
+        fields = json.loads(data) if len(data) <= 65_536 else None
+    except (ValueError, RecursionError):
+        fields = None
+    if isinstance(fields, (int, float)):
+        fields = {"metric": fields}
+    if not isinstance(fields, dict):
+        return Status.METRIC_INVALID, "the evaluator's result is not a JSON object", None, {}
+    if "invalid" in fields:
+        return Status.METRIC_INVALID, clean_log(str(fields["invalid"]))[:300], None, {}
+    metric = fields.get("metric", fields.get(task.metric))
+    if isinstance(metric, bool) or not isinstance(metric, (int, float)):
+        return Status.METRIC_INVALID, f"the metric must be a number, got {type(metric).__name__}", None, {}
+    low, high = task.metric_range
+    if not low <= metric <= high:  # also false for NaN
+        return Status.METRIC_INVALID, f"the metric must lie in [{low:g}, {high:g}], got {metric:g}", None, {}
+    extra = fields.get("extra", {})
+    numbers = (
+        {str(k)[:64]: float(v) for k, v in extra.items() if isinstance(v, (int, float))}
+        if isinstance(extra, dict)
+        else {}
+    )
+    return Status.OK, "", float(metric), numbers
+
+
+def clean_log(text: str) -> str:
+    """Printable text of bounded length: what a log may contain when it reaches a prompt, a page or a terminal."""
+    kept = "".join(
+        c if c == "\n" or c == "\t" or c.isprintable() else " " for c in text[-2 * LOG_TAIL_CHARACTERS :]
+    )
+    return kept[-LOG_TAIL_CHARACTERS:]
+
+
+def job_name(workdir: str | Path, run_key: str) -> str:
+    """Prefix of all that a job leaves on the host; the first part is the campaign's, for sweeping."""
+    return f"{campaign_prefix(workdir)}{run_key[:12]}-{os.getpid()}-{time.monotonic_ns()}"
+
+
+def campaign_prefix(workdir: str | Path) -> str:
+    """What every job name of this campaign folder starts with."""
+    return f"autodidact-{stable_seed('campaign', os.path.realpath(workdir)):016x}-"
+
+
+def main(argv: list[str]) -> int:
+    """Read a spec file, run it, write the result file atomically."""
+    spec = JobSpec.from_json(json.loads(Path(argv[0]).read_text()))
+    result = run_job(spec, read_task(spec.task_folder))
+    write_json_atomic(Path(argv[1]), result.to_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
