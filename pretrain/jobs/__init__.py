@@ -1,0 +1,1 @@
+"""Run a call for each shard, config or attempt: local processes, Ray or SLURM."""
