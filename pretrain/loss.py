@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
-from pretrain.sharding import ACTIVATION_RULES, PARAM_RULES, current_mesh, partition_spec
+from pretrain.sharding import ACTIVATION_RULES, PARAM_RULES, current_mesh, partition_spec, place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,7 @@ def cross_entropy(
     `jax.checkpoint`: that would run the forward pass, gradients included, twice.
     """
     static = _Static(z_weight, softcap, chunk_tokens)
+    weights_BT, source_B = place(weights_BT, ("batch", "time")), place(source_B, ("batch",))
     objective, nll_BT, lse_BT = _objective(static, hidden_BTD, head_DV, targets_BT, weights_BT)
     nll_BT, lse_BT = lax.stop_gradient((nll_BT, lse_BT))
     weights_BT = lax.stop_gradient(weights_BT).astype(jnp.float32)

@@ -239,6 +239,7 @@ def look_up(
 ) -> Float[Array, "B T D"]:
     """Token vectors in `dtype`; with the vocabulary split over tensor, a masked local gather and a psum."""
     table = use_weight(embedding_VD, ("vocab", "embed"), dtype)
+    tokens_BT = place(tokens_BT, ("batch", "time"))
     shape = (*tokens_BT.shape, table.shape[1])
     out = activation_spec(("batch", "time", None), shape)
     rows = activation_spec(("vocab", None), table.shape)
@@ -254,9 +255,7 @@ def look_up(
         found = jnp.take(table_vD, jnp.where(here, tokens - first, 0), axis=0)
         return jax.lax.psum(jnp.where(here[:, :, None], found, jnp.zeros_like(found)), rows[0])
 
-    return jax.shard_map(local, in_specs=(rows, ids), out_specs=out)(
-        table, place(tokens_BT, ("batch", "time"))
-    )
+    return jax.shard_map(local, in_specs=(rows, ids), out_specs=out)(table, tokens_BT)
 
 
 def name_for_remat(x: jax.Array, name: str) -> jax.Array:

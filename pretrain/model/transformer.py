@@ -30,7 +30,7 @@ from pretrain.model.layers import (
     Rope,
     look_up,
 )
-from pretrain.sharding import place, shardings_of, use_weight
+from pretrain.sharding import activation_spec, current_mesh, place, shardings_of, use_weight
 
 Params = dict[str, Any]
 
@@ -256,6 +256,56 @@ def _remat(config: ModelConfig, function: Any) -> Any:
     return jax.checkpoint(function, policy=policy, prevent_cse=not config.scan_layers)
 
 
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    plan: PackPlan,
+    spec: AttentionSpec,
+    impl: str,
+) -> Float[Array, "B T N H"]:
+    """Attention of a whole row on the mesh in scope: heads over tensor, keys gathered over context.
+
+    `plan` covers the whole row on every device of a context group. It runs in `shard_map`, because kernels are
+    opaque to the partitioner; the transpose of the gather reduce-scatters the gradients of keys and values.
+
+    Raises:
+      ConfigError: neither divides the other, the key-value heads and the tensor axis.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return attention(q_BTNH, k_BTKH, v_BTKH, plan=plan, spec=spec, impl=impl)
+    num_tensor, num_kv_heads = mesh.shape["tensor"], k_BTKH.shape[2]
+    if num_kv_heads % num_tensor:
+        if num_tensor % num_kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads and mesh.tensor must divide one another, got {num_kv_heads} and {num_tensor}"
+            )
+        # Each device serves query heads of one key-value head only, so every device gets that one.
+        k_BTKH, v_BTKH = (_repeat_heads(x, num_tensor // num_kv_heads) for x in (k_BTKH, v_BTKH))
+    context = "context" if mesh.shape["context"] > 1 else None
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, plan: PackPlan) -> jax.Array:
+        if context is None:
+            return attention(q, k, v, plan=plan, spec=spec, impl=impl)
+        k, v = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v))
+        q_offset = jax.lax.axis_index(context) * q.shape[1]
+        return attention(q, k, v, plan=plan, spec=spec, impl=impl, q_offset=q_offset)
+
+    q_spec = activation_spec(("batch", "time", "heads", None), q_BTNH.shape)
+    kv_spec = activation_spec(("batch", "time", "kv_heads", None), k_BTKH.shape)
+    plan_spec = jax.tree.map(lambda x: activation_spec(("batch", None), x.shape), plan)
+    return jax.shard_map(local, in_specs=(q_spec, kv_spec, kv_spec, plan_spec), out_specs=q_spec)(
+        q_BTNH, k_BTKH, v_BTKH, plan
+    )
+
+
+def _repeat_heads(x_BTKH: jax.Array, times: int) -> jax.Array:
+    B, T, K, H = x_BTKH.shape
+    repeated = jnp.broadcast_to(x_BTKH[:, :, :, None], (B, T, K, times, H))
+    return place(repeated.reshape(B, T, K * times, H), ("batch", "time", "kv_heads", None))
+
+
 def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
     """(x, arrays of one layer, tables, plan) -> x, for layers of `kind`."""
     definition = _block_definition(config)
@@ -263,9 +313,20 @@ def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
 
     def run(x_BTD: jax.Array, layer: Params, tables: Any, plan: PackPlan | None) -> jax.Array:
         block = nnx.merge(definition, layer)
-        return block(x_BTD, tables, lambda q, k, v: attention(q, k, v, plan=plan, spec=spec, impl=impl))
+        return block(x_BTD, tables, lambda q, k, v: attend(q, k, v, plan, spec, impl))
 
     return _remat(config, run)
+
+
+def _plan(segment_ids_BT: jax.Array | None, spec: AttentionSpec, shape: tuple[int, int]) -> PackPlan:
+    """The packing plan of whole rows, made once a batch, replicated over context (it is small)."""
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones(shape, jnp.int32)
+    rows = activation_spec(("batch", None), shape)
+    make = functools.partial(make_plan, spec=spec, seq_len=shape[1])
+    if rows is None:
+        return make(segment_ids_BT)
+    return jax.shard_map(make, in_specs=rows, out_specs=rows)(place(segment_ids_BT, ("batch", None)))
 
 
 def _run_blocks(
@@ -277,9 +338,7 @@ def _run_blocks(
     impl: str,
 ) -> jax.Array:
     pattern = config.layer_pattern
-    plan_of = {
-        kind.window: make_plan(segment_ids_BT, config.spec(kind), seq_len=x_BTD.shape[1]) for kind in pattern
-    }
+    plan_of = {kind.window: _plan(segment_ids_BT, config.spec(kind), x_BTD.shape[:2]) for kind in pattern}
     tables_of = {kind.rope: kind.rope.tables(positions_BT, config.head_width) for kind in pattern}
     functions = {kind: _layer_function(config, kind, impl) for kind in pattern}
 
@@ -319,6 +378,7 @@ def forward(
     no [B, T, V] array; see loss.cross_entropy and `logits`.
     """
     c = config
+    positions_BT = place(positions_BT, ("batch", "time"))
     x_BTD = look_up(params["embed"]["embedding"], tokens_BT, c.dtype)
     if c.embed_scale:
         x_BTD = x_BTD * jnp.asarray(math.sqrt(c.width), x_BTD.dtype)
