@@ -154,7 +154,6 @@ class Checkpointer:
         if self._writer:
             self._remove_unfinished(step)
         groups = _groups(state)
-        hashes = hash_leaves(groups)  # dispatched before the caller can donate the buffers
         ledger = extras.get("ledger", Ledger())
         items: dict[str, Any] = {
             "data": {"step": step, "fingerprint": self._data_fingerprint, **extras.get("data", {})},
@@ -167,6 +166,7 @@ class Checkpointer:
         arguments |= {name: ocp.args.JsonSave(item) for name, item in items.items()}
         with storage_errors(path, _STORAGE_KINDS), self._abandoned_on_error(step):
             self._orbax.save(path, args=ocp.args.Composite(**arguments))
+        hashes = hash_leaves(groups)  # dispatched before the caller can donate the buffers
         self._pending = self._background.submit(self._finish, step, _describe(groups), hashes, items)
         return time.perf_counter() - began
 
@@ -302,7 +302,9 @@ class Checkpointer:
             **extra,
         }
 
-    def _finish(self, step: int, leaves: list[dict], hashes: jax.Array, items: Mapping[str, Any]) -> None:
+    def _finish(
+        self, step: int, leaves: list[dict], hashes: list[jax.Array], items: Mapping[str, Any]
+    ) -> None:
         """In the background: wait for the commit, write the manifest, drop what retention does not keep."""
         path = self._path(step)
         with storage_errors(path, _STORAGE_KINDS), self._abandoned_on_error(step):
@@ -311,7 +313,7 @@ class Checkpointer:
                 return
             for name, item in items.items():
                 assert _read_json_item(path, name) == item, f"{path}/{name} does not hold what was saved"
-            for leaf, pair in zip(leaves, np.asarray(hashes), strict=True):
+            for leaf, pair in zip(leaves, hashes, strict=True):
                 leaf["hash"] = hash_text(pair)
             body = {"format": _FORMAT, "step": step, "leaves": leaves, "files": _list_files(path)}
             write_atomic(path / MANIFEST, _manifest_text(body))
@@ -544,8 +546,8 @@ def _list_files(path: Path) -> dict[str, dict[str, Any]]:
 def _check_leaves(path: Path, manifest: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ConfigError naming the leaves in which the wanted state differs from the stored one."""
     faults = []
-    for item, wanted in groups.items():
-        stored = _stored_leaves(manifest, item)
+    for item in (name for name in _ARRAY_ITEMS if name in groups):  # parameters first: they tell the most
+        wanted, stored = groups[item], _stored_leaves(manifest, item)
         for name in sorted(stored.keys() | wanted.keys()):
             texts = [
                 f"{leaf.dtype}{list(leaf.shape)}" if (leaf := leaves.get(name)) is not None else "absent"
@@ -576,7 +578,7 @@ def _load(
     try:
         loaded = reader.restore(path, args=ocp.args.Composite(**arguments))
         loaded = {item: dict(loaded[item]) for item in groups}
-        hashes = np.asarray(hash_leaves(loaded))
+        hashes = jax.device_get(hash_leaves(loaded))
     except _STORAGE_KINDS as error:
         if "RESOURCE_EXHAUSTED" in str(error):  # no room for it here, which says nothing about the files
             raise
@@ -675,5 +677,5 @@ def _same_everywhere(numbers: list[int]) -> list[int]:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Keep a log record that is not Orbax's talk about itself; its errors are raised anyway."""
-    return "/orbax/" not in record.pathname or record.levelno >= logging.ERROR
+    """Keep a log record that is not from Orbax: its errors are raised, the rest is talk about itself."""
+    return "/orbax/" not in record.pathname

@@ -251,10 +251,13 @@ def leaf_hash(x: Array) -> UInt32[Array, "2"]:
     return jnp.stack([lane0, lane1])
 
 
-@jax.jit
-def hash_leaves(tree: Any) -> UInt32[Array, "leaves 2"]:
+# Compiled once per shape, dtype and sharding; a parameter and its two moments share one.
+_hash_leaf = jax.jit(leaf_hash)
+
+
+def hash_leaves(tree: Any) -> list[UInt32[Array, "2"]]:
     """`leaf_hash` of every leaf, in the order of `named_leaves`. Dispatched like any step: read it later."""
-    return jnp.stack([leaf_hash(leaf) for leaf in named_leaves(tree).values()])
+    return [_hash_leaf(leaf) for leaf in named_leaves(tree).values()]
 
 
 def hash_text(pair: Any) -> str:
@@ -265,9 +268,7 @@ def hash_text(pair: Any) -> str:
 
 def fingerprint_of_hashes(names: Sequence[str], hashes: Any) -> str:
     """One line (16 hex digits) for a tree: two runs with the same config must log the same lines."""
-    text = "\n".join(
-        f"{name} {hash_text(pair)}" for name, pair in zip(names, np.asarray(hashes), strict=True)
-    )
+    text = "\n".join(f"{name} {hash_text(pair)}" for name, pair in zip(names, hashes, strict=True))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
