@@ -6,6 +6,7 @@ so the bytes on the disk do not depend on who answered first.
 """
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from synth.llm.api import (
     LLM,
     BadRequest,
     LLMConfig,
+    LostCall,
     OutOfBudget,
     Overloaded,
     Reply,
@@ -33,6 +35,7 @@ from synth.stage import Shard, cache_path
 
 JSON_ATTEMPTS = 3
 PILOT = "pilot"  # the folder, beside those of the stages, in which a dry run with the real model keeps its replies
+Job = Callable[[], Coroutine[Any, Any, Document | Failure]]
 _SEED_LIMIT = 2**31  # some servers keep seeds in 32 bits
 
 
@@ -124,9 +127,9 @@ class Prepare:
     def run(self, documents: Iterable[Document], *, shard: Shard) -> Iterator[Document | Failure]:
         """Documents in order, each with `meta["prepared"]`."""
 
-        def work(llm: LLM) -> Iterator[Coroutine[Any, Any, Document | Failure]]:
+        def work(llm: LLM) -> Iterator[Job]:
             for document in documents:
-                yield self._prepare(llm, document, shard)
+                yield functools.partial(self._prepare, llm, document, shard)
 
         yield from _run_calls(self.llm, shard, self.max_attempts, self.first_wait_s, work)
 
@@ -187,7 +190,7 @@ class Write:
     def run(self, documents: Iterable[Document], *, shard: Shard) -> Iterator[Document | Failure]:
         """The written documents, in the order of documents and of their plans."""
 
-        def work(llm: LLM) -> Iterator[Coroutine[Any, Any, Document | Failure]]:
+        def work(llm: LLM) -> Iterator[Job]:
             for document in documents:
                 prepared = document.meta.get("prepared")
                 plan = self.generator.plan(
@@ -196,7 +199,7 @@ class Write:
                 for number, item in enumerate(plan):
                     if number == self.items_per_document:
                         break
-                    yield self._write(llm, document, prepared, item, shard)
+                    yield functools.partial(self._write, llm, document, prepared, item, shard)
 
         yield from _run_calls(self.llm, shard, self.max_attempts, self.first_wait_s, work)
 
@@ -259,6 +262,8 @@ async def _ask(llm: LLM, request: Request, shard: Shard) -> Reply | Rejection:
         reply = await llm.generate(request)
     except BadRequest as error:
         return Rejection(reason="bad_request", detail=str(error))
+    except LostCall as error:
+        return Rejection(reason="no_reply", detail=str(error))
     except Overloaded as error:
         return Rejection(reason="overloaded", detail=str(error))
     counts = shard.tally.counts
@@ -278,9 +283,9 @@ def _run_calls(
     shard: Shard,
     max_attempts: int,
     first_wait_s: float,
-    work: Callable[[LLM], Iterator[Coroutine[Any, Any, Document | Failure]]],
+    work: Callable[[LLM], Iterator[Job]],
 ) -> Iterator[Document | Failure]:
-    """Run the coroutines of `work` at most `concurrency` at a time and yield their results in order.
+    """Run the jobs of `work` at most `concurrency` at a time and yield their results in order.
 
     After `OutOfBudget` no more are started, those in flight are finished, and the shard is marked partial.
     """
@@ -296,9 +301,9 @@ def _run_calls(
     waiting: deque[asyncio.Task[Document | Failure]] = deque()
     started = work(llm)
 
-    async def gated(job: Coroutine[Any, Any, Document | Failure]) -> Document | Failure:
+    async def gated(job: Job) -> Document | Failure:
         async with gate:
-            return await job
+            return await job()
 
     def refill() -> None:
         # Beyond the gate some wait already: one slow answer at the head must not leave the model idle.

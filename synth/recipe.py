@@ -34,12 +34,13 @@ class RecipeConfig:
     corpus: Corpus = field(default_factory=Corpus)
     report: Report = field(default_factory=Report)
     max_attempts: int = local(6)
+    first_wait_s: float = local(1.0)
     run: RunConfig = field(default_factory=RunConfig)
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages in order."""
         common: dict[str, Any] = {"generator": self.generator, "llm": self.llm, "seed": self.seed}
-        common["max_attempts"] = self.max_attempts
+        common |= {"max_attempts": self.max_attempts, "first_wait_s": self.first_wait_s}
         stages: list[Stage] = [self.sources]
         stages.append(Prepare(**common))
         stages.append(Write(**common, items_per_document=self.items_per_document))
