@@ -1,0 +1,1 @@
+"""Documents to packed rows on disk, and rows to global batches."""
