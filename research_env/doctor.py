@@ -1,11 +1,12 @@
 """What can this host isolate? `python -m research_env.doctor` attempts what must be impossible, level by level."""
 
+import statistics
 import sys
 
 from rich.console import Console
 from rich.table import Table
 
-from research_env.sandbox.ladder import Isolation, probe
+from research_env.sandbox.ladder import Isolation, measure_kill_s, measure_launch_s, probe
 from research_env.sandbox.run import LEVELS
 
 
@@ -28,6 +29,15 @@ def main() -> int:
     if not held:
         console.print("no level holds; candidates would run only with sandbox.level=none, by name")
         return 1
+    plain_ms = 1000 * statistics.median(measure_launch_s("none"))
+    for isolation in held:
+        seconds = sorted(measure_launch_s(isolation.level))
+        kill_ms = 1000 * max(measure_kill_s(isolation.level) for _ in range(3))
+        console.print(
+            f"{isolation.level}: an empty job costs {1000 * statistics.median(seconds) - plain_ms:.0f} ms more than a plain "
+            f"process (median of {len(seconds)}; 95th percentile {1000 * seconds[int(0.95 * len(seconds))] - plain_ms:.0f} ms); "
+            f"a tree of 50 processes is gone {kill_ms:.0f} ms after the kill"
+        )
     console.print(f"sandbox.level=auto takes: {held[0].label}")
     return 0
 

@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,66 @@ def probe(level: str) -> Isolation:
         finally:
             scratch.remove()
     return Isolation(level, tuple(checks), hierarchies)
+
+
+def start_job(
+    level: str, argv: Sequence[str], hierarchies: cgroup.Hierarchies, limits: Limits | None = None
+) -> tuple[Job, Scratch]:
+    """A job with an empty workspace, for measurements; the caller waits for it and removes the scratch."""
+    limits = limits or Limits(wall_s=20, memory_bytes=512 << 20, disk_bytes=16 << 20)
+    name = f"autodidact-probe-{os.getpid()}-{time.monotonic_ns()}"
+    scratch = Scratch(scratch_root(), name, limits.disk_bytes)
+    jail = Jail(
+        level=level,
+        name=name,
+        stage=str(scratch.stage),
+        mounts=(*python_mounts(), Mount(host=str(scratch.folder("ws")), name="ws", writable=True)),
+        cwd="ws",
+        environment={},
+        limits=limits,
+    )
+    try:
+        return Job(jail, argv, hierarchies, scratch=scratch), scratch
+    except BaseException:
+        scratch.remove()
+        raise
+
+
+def measure_launch_s(level: str, num_runs: int = 30) -> list[float]:
+    """Seconds from nothing to nothing of an empty job, cleaning included, for each of `num_runs`."""
+    hierarchies = cgroup.find_hierarchies()
+    seconds = []
+    for _ in range(num_runs):
+        start = time.monotonic()
+        job, scratch = start_job(level, ["/bin/true"], hierarchies)
+        outcome = job.wait()
+        scratch.remove()
+        seconds.append(time.monotonic() - start)
+        assert outcome.status is Status.OK, outcome.reason
+    return seconds
+
+
+def measure_kill_s(level: str, num_processes: int = 50) -> float:
+    """Seconds from the kill to the empty tree, for a job of that many processes in sessions of their own."""
+    code = f"""
+import os, sys, time
+for _ in range({num_processes - 1}):
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(600)
+        os._exit(0)
+print("ready", flush=True)
+time.sleep(600)
+"""
+    job, scratch = start_job(level, [sys.executable, "-I", "-S", "-c", code], cgroup.find_hierarchies())
+    try:
+        while b"ready" not in job.tail:
+            job.drain()
+            time.sleep(0.01)
+        return job.close().kill_s
+    finally:
+        job.close()
+        scratch.remove()
 
 
 def _read_report(outcome: Outcome, orders: "_Bait") -> list[Check]:

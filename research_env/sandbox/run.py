@@ -183,6 +183,11 @@ class Job:
         """The launcher's process id."""
         return self._process.pid
 
+    @property
+    def tail(self) -> bytes:
+        """The last output that was drained."""
+        return bytes(self._tail)
+
     def wait(self, should_stop: threading.Event | None = None) -> Outcome:
         """Watch until the job ends or meets a limit, then `close`."""
         deadline = self._start + self._limits.wall_s
@@ -200,7 +205,7 @@ class Job:
                     self._verdict = (Status.PREEMPTED, "stopped by the supervisor")
                     break
                 events = dict(poller.poll(max(1, int(min(deadline - now, POLL_S) * 1000))))
-                if self._stream.fileno() in events and not self._drain():
+                if self._stream.fileno() in events and not self.drain():
                     poller.unregister(self._stream.fileno())
                 if self._num_output_bytes > self._limits.output_bytes:
                     limit = self._limits.output_bytes
@@ -218,7 +223,7 @@ class Job:
         assert self._outcome is not None
         return self._outcome
 
-    def _drain(self) -> bool:
+    def drain(self) -> bool:
         """Read what is there, once; False at the end of the stream."""
         try:
             data = os.read(self._stream.fileno(), 65_536)
@@ -261,7 +266,7 @@ class Job:
         before = -1  # read what the pipe still holds; a pipe's capacity bounds it, now that no writer lives
         while before != self._num_output_bytes:
             before = self._num_output_bytes
-            self._drain()
+            self.drain()
         reported = _read_all(self._status_fd)
         os.close(self._status_fd)
         os.close(self._pidfd)

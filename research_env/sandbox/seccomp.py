@@ -7,8 +7,6 @@ a virtual machine it would reach the host.
 The facts about BPF are those of linux/seccomp.h, linux/filter.h and linux/audit.h.
 """
 
-import ctypes
-import os
 import platform
 import struct
 
@@ -87,30 +85,3 @@ def filter_program(families: tuple[int, ...], machine: str = platform.machine())
     program += [(_EQUAL, len(families) - i, 0, family) for i, family in enumerate(families)]
     program += [(_RETURN, 0, 0, _ERRNO | _EAFNOSUPPORT), (_RETURN, 0, 0, _ALLOW)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-
-
-def open_program(program: bytes) -> int:
-    """A file descriptor that holds the program, as bubblewrap wants it; the caller closes it."""
-    fd = os.memfd_create("seccomp", 0)
-    os.write(fd, program)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
-
-def install(program: bytes) -> None:
-    """Load the filter into this process, for good.
-
-    Raises:
-      OSError: the kernel refuses.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    buffer = ctypes.create_string_buffer(program, len(program))
-    structure = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_void_p))
-    if libc.prctl(38, 1, 0, 0, 0) != 0:  # PR_SET_NO_NEW_PRIVS
-        raise OSError(ctypes.get_errno(), "no_new_privs")
-    if libc.prctl(22, 2, ctypes.byref(structure), 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-        raise OSError(ctypes.get_errno(), "seccomp")

@@ -6,7 +6,7 @@ import model
 import numpy as np
 import weights
 
-STEPS = int(600 * float(os.environ["RUNG"]))
+STEPS = int(1500 * float(os.environ["RUNG"]))
 BATCH = 96
 LEARNING_RATE = 0.004
 WARMUP = 20
