@@ -202,6 +202,17 @@ class Pool:
             r.log.close()
 
 
+def run_one(job: Job, folder: Path, grace_s: float) -> Outcome:
+    """One job in a process of this machine, for a runner that has found the machine and holds its resources.
+
+    Timeouts, crashes, logs and leftovers are then the same everywhere.
+    """
+    held = dataclasses.replace(job.resources, num_cpus=1, num_devices=0, memory_bytes=None)
+    pool = PoolConfig(num_cpus=1, grace_s=grace_s).build(folder)
+    (outcome,) = pool.run([dataclasses.replace(job, resources=held)])
+    return outcome
+
+
 def _has_ended(process: subprocess.Popen) -> bool:
     """Whether it has ended, without reaping it: until it is reaped its group id cannot be taken by others."""
     if process.returncode is not None:
