@@ -19,8 +19,8 @@ from typing import IO, Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from pretrain.config import ConfigError
 from pretrain.rundir import storage_error, write_atomic
@@ -250,7 +250,7 @@ def open_writers(
 
 # --- goodput -----------------------------------------------------------------------------------------
 
-PHASES = (
+PHASES: tuple[str, ...] = (
     "compile",
     "step",
     "data_wait",
@@ -396,7 +396,7 @@ class BarProgress:
         )
 
     def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        fields = {
+        fields: dict[str, Any] = {
             "loss": f"{loss:.4f}",
             "rate": f"{tokens_per_second:,.0f} tokens/s",
             "eta": format_duration(self._pace.remaining_s(step)),

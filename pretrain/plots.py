@@ -28,7 +28,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C
 INK = "#1a1a1a"
 QUIET = "#6b6b6b"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "axes.titlesize": 10,
@@ -69,11 +69,11 @@ class Curve:
     """
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     color: str = INK
     width: float = 1.2
-    band: Sequence[float] | None = None
+    band: Sequence[float] | np.ndarray | None = None
     faint: bool = False
     markers: bool = False
     dashed: bool = False
@@ -213,7 +213,7 @@ def spread(places: Sequence[float], *, gap: float) -> list[float]:
     return [value + index * gap for index, value in enumerate(flat)]
 
 
-def smooth(y: Sequence[float], *, span: int) -> np.ndarray:
+def smooth(y: Sequence[float] | np.ndarray, *, span: int) -> np.ndarray:
     """Centered mean with triangular weights over `span` points to each side; NaN stays where it is.
 
     Centered, because a trailing mean would draw a falling curve too high.

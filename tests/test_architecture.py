@@ -36,8 +36,9 @@ LAYERS = {
     "synth": (
         "document question prompt",
         "shards llm neighbors near_duplicates",
-        "stage generator",
+        "stage generator sources",
         "quality retrieval tokens worlds theory",
+        "recipe",
         "entigraph baselines sbp tasks",
         "arms",
         "main",
@@ -64,8 +65,9 @@ LIGHT = tuple(
     """
     pretrain.config pretrain.rundir pretrain.metrics pretrain.wandb_sink pretrain.plots pretrain.tokenizer
     pretrain.jobs.* pretrain.data.source pretrain.data.pack pretrain.data.rows pretrain.data.mixture
-    pretrain.flops pretrain.evals.tasks pretrain.evals.baselines
-    synth.document synth.question synth.prompt synth.shards synth.stage synth.neighbors
+    pretrain.evals.tasks pretrain.evals.baselines
+    synth.document synth.question synth.prompt synth.shards synth.stage synth.generator
+    synth.sources synth.recipe synth.neighbors
     synth.near_duplicates synth.tokens synth.llm.api synth.llm.endpoint synth.llm.scripted synth.llm.cached
     synth.llm.budget synth.quality.* synth.retrieval.* synth.worlds.* synth.theory.* synth.entigraph.*
     synth.baselines.* synth.sbp.pair synth.sbp.synthesize synth.tasks.*

@@ -163,14 +163,21 @@ def values(runner: Jobs, jobs: Sequence[Job]) -> list[Any]:
       ConfigError: a job raised one: bad input stays bad input, with its own words.
       JobsFailed: other failures; all jobs have ended before it is raised.
     """
-    outcomes = {outcome.name: outcome for outcome in runner.run(jobs)}
-    failures = [outcome for job in jobs if isinstance(outcome := outcomes[job.name], Failure)]
+    found: dict[str, Any] = {}
+    failures: list[Failure] = []
+    for outcome in runner.run(jobs):
+        if isinstance(outcome, Done):
+            found[outcome.name] = outcome.value
+        else:
+            failures.append(outcome)
+    order = [job.name for job in jobs]
+    failures.sort(key=lambda failure: order.index(failure.name))
     faults = [fault for failure in failures if isinstance(failure, Raised) for fault in failure.faults]
     if faults:
         raise ConfigError(*dict.fromkeys(faults))
     if failures:
         raise JobsFailed(failures, len(jobs))
-    return [outcomes[job.name].value for job in jobs]
+    return [found[name] for name in order]
 
 
 def check_names(jobs: Sequence[Job]) -> None:
