@@ -121,35 +121,25 @@ def test_every_job_ends_as_one_outcome_of_its_type(calls, pool):
     assert (pid == os.getpid(), parent, standard_input) == (False, os.getpid(), "")
 
 
-def test_a_timeout_ends_the_whole_tree_and_only_that_job(calls, pool, tmp_path):
-    jobs = [
-        Job(
-            name="slow",
-            function=calls.sleep,
-            arguments=(str(tmp_path / "pids"), 60),
-            resources=Resources(timeout_s=3.0),
-        ),
-        Job(name="fast", function=calls.square, arguments=(2,)),
-    ]
-    fast, slow = pool.run(jobs)
-    assert fast.value == 4
-    assert (type(slow), slow.timeout_s) == (TimedOut, 3.0)
-    assert slow.wall_s > 3.0
-    assert all_gone(map(int, (tmp_path / "pids").read_text().split()))
-
-
-def test_sigterm_comes_first_and_sigkill_only_after_the_grace(calls, tmp_path):
-    pool = PoolConfig(num_cpus=2, grace_s=1.0).build(tmp_path / "jobs")
+def test_a_timeout_asks_first_then_ends_the_whole_tree_and_only_that_job(calls, tmp_path):
+    pool = PoolConfig(num_cpus=4, grace_s=1.0).build(tmp_path / "jobs")
     limit = Resources(timeout_s=3.0)
     jobs = [
+        Job(name="slow", function=calls.sleep, arguments=(str(tmp_path / "slow"), 60), resources=limit),
         Job(name="polite", function=calls.polite, arguments=(str(tmp_path / "polite"),), resources=limit),
         Job(name="deaf", function=calls.deaf, arguments=(str(tmp_path / "deaf"),), resources=limit),
+        Job(name="fast", function=calls.square, arguments=(2,)),
     ]
     outcomes = {outcome.name: outcome for outcome in pool.run(jobs)}
-    assert {type(outcome) for outcome in outcomes.values()} == {TimedOut}
+    assert outcomes.pop("fast").value == 4
+    assert {(type(outcome), outcome.timeout_s) for outcome in outcomes.values()} == {(TimedOut, 3.0)}
     assert (tmp_path / "polite").read_text() == "saved"
+    assert min(outcome.wall_s for outcome in outcomes.values()) > 3.0
     assert outcomes["deaf"].wall_s >= 4.0
-    assert all_gone([int((tmp_path / "deaf").read_text())])
+    # A job, its child, its child in another session, and one that ignores SIGTERM.
+    pids = f"{(tmp_path / 'slow').read_text()} {(tmp_path / 'deaf').read_text()}".split()
+    assert len(pids) == 4
+    assert all_gone(map(int, pids))
 
 
 def test_a_job_that_ends_leaves_nothing_behind(calls, pool, tmp_path):
@@ -222,12 +212,12 @@ def overlap(paths):
     ids=["cpus", "wide jobs", "memory"],
 )
 def test_no_more_runs_at_once_than_there_is_room_for(calls, tmp_path, config, needs, most):
-    paths = [tmp_path / f"times{i}" for i in range(4)]
+    paths = [tmp_path / f"times{i}" for i in range(3)]
     jobs = [
-        Job(name=path.name, function=calls.record, arguments=(str(path), 0.3), resources=needs)
+        Job(name=path.name, function=calls.record, arguments=(str(path), 0.2), resources=needs)
         for path in paths
     ]
-    assert len(list(config.build(tmp_path / "jobs").run(jobs))) == 4
+    assert len(list(config.build(tmp_path / "jobs").run(jobs))) == 3
     assert overlap(paths) <= most
 
 
