@@ -110,6 +110,8 @@ class Checkpointer:
     ):
         self._folder = Path(folder).absolute()
         self._config_json = dict(config_json)
+        self._identity = config_lib.to_json(config_lib.from_json(config_json), identity_only=True)
+        self._versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
         self._data_fingerprint = data_fingerprint
         self._policy = policy
         self._log = log
@@ -273,11 +275,10 @@ class Checkpointer:
     def _check_identity(self, step: int, items: Mapping[str, Any]) -> None:
         """Raise ConfigError naming the fields that differ from those of the checkpoint."""
         remedy = "set it back, or start a new run in another run.workdir"
-        mine = _identity(self._config_json)
         theirs = items["meta"]["identity"]
         faults = [
             f"{field} may not change when a run resumes, got {new!r}, the checkpoint of step {step} has {old!r}; {remedy}"
-            for field, old, new in config_lib.diff(theirs, mine)
+            for field, old, new in config_lib.diff(theirs, self._identity)
         ]
         if not faults and items["data"]["fingerprint"] != self._data_fingerprint:
             faults.append(
@@ -288,14 +289,12 @@ class Checkpointer:
             raise ConfigError(*faults)
 
     def _meta(self, step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
-        identity = _identity(self._config_json)
-        versions = {name: _version(name) for name in _PACKAGES}
         return {
             "step": step,
             "config": self._config_json,
-            "identity": identity,
-            "config_fingerprint": config_lib.fingerprint(identity),
-            "versions": {"python": platform.python_version(), **versions},
+            "identity": self._identity,
+            "config_fingerprint": config_lib.fingerprint(self._identity),
+            "versions": self._versions,
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "num_processes": jax.process_count(),
             "unix_time_s": round(time.time(), 3),
@@ -630,11 +629,6 @@ def _manifest_text(body: Any) -> str:
     text = json.dumps(body, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f'{{"body":{text},"sha256":"{digest}"}}\n'
-
-
-def _identity(config_json: Mapping[str, Any]) -> Any:
-    """The identity fields of a whole config JSON."""
-    return config_lib.to_json(config_lib.from_json(config_json), identity_only=True)
 
 
 def _step_folders(folder: Path) -> list[int]:

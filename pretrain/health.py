@@ -151,10 +151,10 @@ class Ledger:
         self,
         step: int,
         *,
-        rows: Sequence[Any],
         loss: float,
         grad_norm: float,
         reason: str,
+        rows: Sequence[Any] = (),
         loss_by_source: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Record that the update of `step` was not applied; `rows` are the (source, row) pairs of its batch."""
