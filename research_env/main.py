@@ -1,0 +1,143 @@
+"""`python -m research_env.main --config FILE key=value ...`: search a codebase for improvements and write the page."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
+from pretrain.rundir import write_json_atomic
+from research_env.choose import Noise, mean_interval
+from research_env.dashboards.page import write_page
+from research_env.env import AIResearchEnv
+from research_env.search.campaign import ArmResult, confirm_best, measure_noise, run_arm
+from research_env.search.proposal import Told
+from research_env.search.recipe import ResearchConfig, build_arm, make_candidate
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a campaign; the return value is the process' exit code (2: bad input, 1: the baseline fails)."""
+    try:
+        path, overrides = parse_argv(argv)
+        config = apply_overrides(load_config(path), overrides)
+        if not isinstance(config, ResearchConfig):
+            raise ConfigError(
+                f"{path} must return a ResearchConfig for research_env.main, got {type(config).__name__}"
+            )
+        return run(config, Console(highlight=False))
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return 2
+
+
+def run(config: ResearchConfig, console: Console) -> int:
+    """Measure the noise, run every arm, confirm the best, write summary.json and index.html into the workdir."""
+    with AIResearchEnv(
+        codebase=config.codebase,
+        resource=config.resource,
+        workdir=config.workdir,
+        sandbox=config.sandbox,
+        budget=config.budget,
+        seed=config.seed,
+    ) as env:
+        console.print(
+            f"{env.task.name}: isolation {env.isolation.label}, {env.resource}, folder {env.workdir}",
+            markup=False,
+        )
+        try:
+            noise, mean = measure_noise(env, config.noise_repeats)
+        except RuntimeError as error:
+            console.print(str(error), markup=False, soft_wrap=True)
+            return 1
+        console.print(
+            f"baseline {env.task.metric} {mean:.4f}, sigma0 {noise.sigma:.4f} from {noise.num_repeats} seeds"
+        )
+        arms = []
+        for name in config.arms:
+            arms.append(_run_arm(env, name, config, noise, mean, console))
+        fields = write_summary(env, arms, noise, mean)
+        page = write_page(env.ledger, env.task, env.workdir / "index.html", fields)
+        best = fields["winner"]
+        if best is None:
+            console.print("no candidate was promoted: nothing beat the baseline on fresh paired seeds")
+        else:
+            console.print(
+                f"promoted {best['node']} ({best['arm']}): gain {best['mean']:.4f} [{best['lower']:.4f}, {best['upper']:.4f}] "
+                f"on {best['num_seeds']} fresh paired seeds: {best['idea']}",
+                markup=False,
+            )
+        console.print(f"page: {page}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _run_arm(
+    env: AIResearchEnv, name: str, config: ResearchConfig, noise: Noise, mean: float, console: Console
+) -> ArmResult:
+    count = 0
+
+    def show(item: Told) -> None:
+        nonlocal count
+        count += 1
+        found = "" if item.gain is None else f"{item.result.metric:.4f} ({item.gain:+.4f})"
+        console.print(
+            f"{name} {count:3d}  {item.result.status.value:14s} {found:20s} {item.node.idea[:70]}",
+            markup=False,
+        )
+
+    search, make = build_arm(env, name, config, noise, mean), make_candidate(env, config, name)
+    result = run_arm(
+        env, search, make, num_candidates=config.num_candidates, batch=config.batch, noise=noise, baseline_mean=mean,
+        on_told=show,
+    )  # fmt: skip
+    return confirm_best(env, result, noise=noise, baseline_mean=mean, max_confirmed=config.max_confirmed)
+
+
+def write_summary(env: AIResearchEnv, arms: Sequence[ArmResult], noise: Noise, mean: float) -> dict:
+    """The campaign in numbers, also as summary.json."""
+    rows, winner = [], None
+    for arm in arms:
+        best = arm.winner
+        rows.append(
+            {
+                "arm": arm.arm,
+                "told": len(arm.told),
+                "executed": arm.num_executed,
+                "ok": sum(item.gain is not None for item in arm.told),
+                "duplicates": arm.num_duplicates,
+                "best_gain": None if arm.best is None else arm.best.gain,
+                "corrected_gain": arm.corrected_best(noise),
+                "confirmed": len(arm.confirmed),
+                "promoted": sum(item.verdict.decision == "promote" for item in arm.confirmed),
+                "device_s": sum(item.result.device_s for item in arm.told),
+                "mean_ok_gain": mean_interval(gains)[0]
+                if (gains := [t.gain for t in arm.told if t.gain is not None])
+                else None,
+                "stopped": arm.stopped,
+            }
+        )
+        if best is not None and (winner is None or best.posterior > winner["posterior"]):
+            v, node = best.verdict, best.candidate.node
+            winner = {
+                "node": node.id, "arm": arm.arm, "idea": node.idea, "diff": node.diff, "mean": v.mean, "lower": v.lower,
+                "upper": v.upper, "num_seeds": v.num_seeds, "posterior": best.posterior,
+            }  # fmt: skip
+    fields = {
+        "task": env.task.name,
+        "folder": env.task.folder,
+        "metric": env.task.metric,
+        "baseline": mean,
+        "sigma0": noise.sigma,
+        "noise_repeats": noise.num_repeats,
+        "isolation": env.isolation.label,
+        "arms": rows,
+        "winner": winner,
+        "spent": env.ledger.spent(),
+    }
+    write_json_atomic(Path(env.workdir) / "summary.json", fields)
+    return fields
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
