@@ -17,6 +17,7 @@ from synth.entigraph.entities import SCHEMA, is_grounded, merge_entities, read_e
 from synth.generator import Item, Rejection
 from synth.llm.api import Request
 from synth.prompt import Prompt, load_prompt
+from synth.windows import windows_of
 
 
 def permuted(count: int, key: int) -> Iterator[int]:
@@ -156,25 +157,6 @@ class EntiGraph:
         if text.strip() == document.text.strip():
             return Rejection(reason="copied")
         return text.strip()
-
-
-def windows_of(text: str, limit: int | None) -> list[str]:
-    """The text in pieces of at most `limit` characters, cut at paragraphs, else at lines, else at spaces."""
-    if limit is None or len(text) <= limit:
-        return [text]
-    windows = []
-    rest = text
-    while len(rest) > limit:
-        cut = max(rest.rfind(mark, limit // 3, limit) for mark in ("\n\n",))
-        for mark in ("\n", ". ", " "):
-            if cut < 0:
-                cut = rest.rfind(mark, limit // 3, limit)
-        cut = limit if cut < 0 else cut + 1
-        windows.append(rest[:cut])
-        rest = rest[cut:]
-    if rest.strip():
-        windows.append(rest)
-    return [window.strip() for window in windows if window.strip()]
 
 
 def windows_about(text: str, entities: tuple[str, ...], limit: int | None) -> str:
