@@ -28,7 +28,7 @@ from pretrain.model.transformer import (
     init_params,
     param_shardings,
 )
-from pretrain.sharding import DATA_AXES, OnMesh, axis_size, place, replicated
+from pretrain.sharding import DATA_AXES, OnMesh, axis_size, replicated
 
 Metrics = dict[str, jax.Array]
 # (params, batch) -> sums with at least `objective` (differentiated) and `weight`; all of it adds up.

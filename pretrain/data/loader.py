@@ -4,19 +4,20 @@ The batch of step s is a pure function of (tables, plan, s). Each process reads 
 hold, so the global batch is the same bits on any mesh and any number of hosts.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import grain.python as grain
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from pretrain.data.batch import Batch
 from pretrain.data.mixture import MixturePlan, MixtureStage
-from pretrain.data.pack import Row
-from pretrain.data.tables import DataConfig, PreparedData, stack_rows
-from pretrain.sharding import DATA_AXES
+from pretrain.data.rows import Rows, empty_rows
+from pretrain.data.tables import DataConfig, PreparedData
+from pretrain.sharding import ACTIVATION_RULES, partition_spec
 
 _READ_THREADS = 2
 _PREFETCHED_STEPS = 4
@@ -28,6 +29,7 @@ class _Steps(grain.MapDataset):
     def __init__(self, data: PreparedData, plan: MixturePlan, num_steps: int, batch_rows: int, rows: range):
         super().__init__()
         self._tables = list(data.train_tables.values())
+        self._row_length = self._tables[0].format.row_length
         self._plan, self._num_steps, self._batch_rows, self._rows = plan, num_steps, batch_rows, rows
 
     def __len__(self) -> int:
@@ -36,8 +38,12 @@ class _Steps(grain.MapDataset):
     def __getitem__(self, step: Any) -> Any:
         if isinstance(step, slice):
             return self.slice(step)
-        slots = [self._plan.slot(step * self._batch_rows + i) for i in self._rows]
-        return stack_rows([self._tables[source][row][0] for source, row in slots], [source for source, _ in slots])
+        rows = empty_rows(len(self._rows), self._row_length)
+        for place, row in enumerate(self._rows):
+            source, index = self._plan.slot(step * self._batch_rows + row)
+            self._tables[source].read_into(index, rows, place)
+            rows.source_B[place] = source
+        return rows
 
 
 class RowBatches:
@@ -46,18 +52,18 @@ class RowBatches:
     def __init__(
         self, data: PreparedData, config: DataConfig, *, num_steps: int, seed: int, mesh: Mesh, start_step: int = 0
     ):
-        self._data, self._batch_rows = data, config.batch_rows
+        self._data, self._batch_rows, self._row_length = data, config.batch_rows, config.row_length
         num_rows = {name: len(table) for name, table in data.train_tables.items()}
         stages = config.stages or (MixtureStage(start_step=0, weights={n: float(c) for n, c in num_rows.items()}),)
         caps = {source.name: source.max_epochs for source in config.sources}
         self.plan = MixturePlan(
             num_rows, stages, num_steps=num_steps, batch_rows=config.batch_rows, seed=seed, max_epochs=caps
         )
-        self._sharding = NamedSharding(mesh, PartitionSpec(DATA_AXES))
+        self._sharding = NamedSharding(mesh, partition_spec(("batch",), (config.batch_rows,), ACTIVATION_RULES, mesh))
         self._local = self._local_rows(config.batch_rows)
         self._steps = _Steps(data, self.plan, num_steps, config.batch_rows, self._local)
         self._next_step = -1
-        self._iterator: Iterator[Batch] = iter(())
+        self._iterator: Iterator[Rows] = iter(())
 
     def next(self, step: int, params: Any) -> Batch:
         """The batch of `step`, read ahead when steps are asked for in order; `params` are not looked at."""
@@ -73,21 +79,16 @@ class RowBatches:
 
     def heldout(self) -> Iterator[Batch]:
         """Every held-out row once; the last batch is filled up with rows of weight zero."""
-        rows: list[tuple[Row, int]] = []
-        for source, table in enumerate(self._data.heldout_tables.values()):
-            for i in range(len(table)):
-                rows.append((table[i][0], source))
-                if len(rows) == self._batch_rows:
-                    yield self._whole(rows)
-                    rows = []
-        if rows:
-            first = rows[0][0]
-            empty = Row(first.tokens, np.zeros_like(first.segment_ids), first.positions, np.zeros_like(first.weights))
-            yield self._whole(rows + [(empty, 0)] * (self._batch_rows - len(rows)))
-
-    def _whole(self, rows: list[tuple[Row, int]]) -> Batch:
-        mine = [rows[i] for i in self._local]
-        return self._to_devices(stack_rows([row for row, _ in mine], [source for _, source in mine]))
+        slots = [(s, i) for s, t in enumerate(self._data.heldout_tables.values()) for i in range(len(t))]
+        tables = list(self._data.heldout_tables.values())
+        for start in range(0, len(slots), self._batch_rows):
+            rows = empty_rows(len(self._local), self._row_length)
+            for place, row in enumerate(self._local):
+                if start + row < len(slots):
+                    source, index = slots[start + row]
+                    tables[source].read_into(index, rows, place)
+                    rows.source_B[place] = source
+            yield self._to_devices(rows)
 
     def _local_rows(self, batch_rows: int) -> range:
         """The rows of a global batch that devices of this process hold."""
@@ -95,7 +96,7 @@ class RowBatches:
         bounds = [index[0].indices(batch_rows) for index in pieces if index is not None]
         return range(min(b[0] for b in bounds), max(b[1] for b in bounds))
 
-    def _to_devices(self, batch: Batch) -> Batch:
+    def _to_devices(self, rows: Rows) -> Batch:
         first = self._local.start
 
         def global_array(x: np.ndarray) -> jax.Array:
@@ -105,4 +106,4 @@ class RowBatches:
 
             return jax.make_array_from_callback((self._batch_rows, *x.shape[1:]), self._sharding, part)
 
-        return jax.tree.map(global_array, batch)
+        return Batch(**{field.name: global_array(getattr(rows, field.name)) for field in dataclasses.fields(Rows)})

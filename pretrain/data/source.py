@@ -8,6 +8,7 @@ import abc
 import ast
 import dataclasses
 import gzip
+import hashlib
 import json
 import platform
 import sysconfig
@@ -19,7 +20,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import zstandard
 from array_record.python import array_record_module
 
-from pretrain.config import ConfigError, stable_seed
+from pretrain.config import ConfigError, stable_seed, to_json
+from pretrain.rundir import file_sha256
 
 _COMPRESSED = (".gz", ".zst")
 
@@ -48,7 +50,9 @@ class TextSource(Protocol):
     @property
     def identity(self) -> str: ...  # what decides the documents, beside the config and the files
 
-    def files(self) -> list[tuple[str, Path]]: ...  # (name that moves with the corpus, path)
+    def content_files(self) -> list[tuple[str, Path]]: ...  # (name that moves with the corpus, path)
+
+    def content_fingerprint(self) -> str: ...  # reads every file
 
     def documents(self) -> Iterator[TextDocument | BadRecord]: ...
 
@@ -66,8 +70,8 @@ class SourceConfig(abc.ABC):
     heldout_percent: float | None = None
     on_bad_record: Literal["error", "count"] = "error"
     on_overflow: Literal["error", "drop", "truncate"] = "error"
-    # These decide neither documents nor rows, so a table outlives a change of them.
-    NOT_IN_TABLE: ClassVar[tuple[str, ...]] = ("max_epochs", "on_bad_record")
+    # Decides neither documents nor rows, so a table outlives a change of it.
+    NOT_IN_TABLE: ClassVar[tuple[str, ...]] = ("max_epochs",)
 
     def __post_init__(self):
         faults = []
@@ -87,6 +91,20 @@ class SourceConfig(abc.ABC):
         Raises:
           ConfigError: it is not there.
         """
+
+
+def fingerprint_of(identity: str, files: list[tuple[str, Path]]) -> str:
+    """Hash of what decides the documents of a source, beside its config."""
+    parts = [identity, *(f"{name} {file_hash(path)}" for name, path in files)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a corpus file; ConfigError when it cannot be read."""
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise ConfigError(f"a corpus file must be readable, got {path}: {error.strerror or error}") from error
 
 
 def heldout(document_id: str, percent: float, seed: int) -> bool:
@@ -227,8 +245,11 @@ class FileSource:
     read: Any  # (name, path, config) -> iterator of documents and bad records
     identity: str = ""
 
-    def files(self) -> list[tuple[str, Path]]:
+    def content_files(self) -> list[tuple[str, Path]]:
         return self.found
+
+    def content_fingerprint(self) -> str:
+        return fingerprint_of(self.identity, self.found)
 
     def documents(self) -> Iterator[TextDocument | BadRecord]:
         for name, path in self.found:
@@ -402,7 +423,10 @@ class StdlibSource:
     def identity(self) -> str:
         return f"{platform.python_implementation()} {platform.python_version()}"
 
-    def files(self) -> list[tuple[str, Path]]:
+    def content_fingerprint(self) -> str:
+        return fingerprint_of(self.identity, self.content_files())
+
+    def content_files(self) -> list[tuple[str, Path]]:
         found = []
         for path in self.folder.rglob("*.py"):
             relative = path.relative_to(self.folder)
@@ -413,7 +437,7 @@ class StdlibSource:
         return sorted(found)
 
     def documents(self) -> Iterator[TextDocument | BadRecord]:
-        for name, path in self.files():
+        for name, path in self.content_files():
             try:
                 text = decode_text(b"".join(read_bytes(path)))
             except ValueError as error:
@@ -453,10 +477,16 @@ class MemorySource:
     """See `MemoryConfig`."""
 
     config: MemoryConfig
-    identity: str = ""
 
-    def files(self) -> list[tuple[str, Path]]:
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(json.dumps(to_json(self.config.documents)).encode()).hexdigest()
+
+    def content_files(self) -> list[tuple[str, Path]]:
         return []
+
+    def content_fingerprint(self) -> str:
+        return fingerprint_of(self.identity, [])
 
     def documents(self) -> Iterator[TextDocument | BadRecord]:
         for document in self.config.documents:

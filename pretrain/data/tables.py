@@ -9,6 +9,7 @@ is an error, because runs that resume would silently change their data.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import gzip
@@ -25,14 +26,24 @@ from typing import Any
 import numpy as np
 
 from pretrain.config import ConfigError, local, stable_seed, to_json
-from pretrain.data.batch import Batch
 from pretrain.data.mixture import MixtureStage
-from pretrain.data.pack import Piece, Row, document_pieces, pack_window, windows
-from pretrain.data.rows import RowTable, write_manifest, write_shard
-from pretrain.data.source import BadRecord, SourceConfig, TextDocument, TextSource, is_heldout
-from pretrain.rundir import storage_errors, write_atomic, write_json_atomic
-from pretrain.tokenizer import FileTokenizer, Tokenizer
+from pretrain.data.pack import (
+    Overflow,
+    Overflowed,
+    Piece,
+    Specials,
+    document_pieces,
+    pack_window,
+    pair_piece,
+    seeded_order,
+    windows,
+)
+from pretrain.data.rows import REBUILD, RowFormat, Rows, RowTable, Shard, write_shard, write_table_manifest
+from pretrain.data.source import BadRecord, SourceConfig, TextDocument, TextSource, heldout
+from pretrain.rundir import file_sha256, storage_errors, write_atomic, write_json_atomic
+from pretrain.tokenizer import Tokenizer
 
+# (what is being read, documents so far)
 Progress = Callable[[str, int], None]
 
 _BUILT = "built.json"
@@ -97,39 +108,26 @@ class PreparedData:
         """Names that a row's source index stands for."""
         return list(self.train_tables)
 
-    def train_rows(self) -> Iterator[Batch]:
-        """All rows for training, source by source, as host batches."""
-        return self._batches(self.train_tables)
+    def train_rows(self) -> Iterator[Rows]:
+        """All rows for training, source by source."""
+        return _all_rows(self.train_tables)
 
-    def heldout_rows(self) -> Iterator[Batch]:
-        """All held-out rows, source by source, as host batches."""
-        return self._batches(self.heldout_tables)
-
-    def _batches(self, tables: Mapping[str, RowTable], rows_at_once: int = 1024) -> Iterator[Batch]:
-        for source, table in enumerate(tables.values()):
-            for start in range(0, len(table), rows_at_once):
-                rows = [table[i][0] for i in range(start, min(start + rows_at_once, len(table)))]
-                yield stack_rows(rows, [source] * len(rows))
+    def heldout_rows(self) -> Iterator[Rows]:
+        """All held-out rows, source by source."""
+        return _all_rows(self.heldout_tables)
 
     def heldout_texts(self) -> dict[str, bytes]:
         """The bytes behind the held-out rows, by source."""
-        return {name: b"".join(d.text.encode() for d in _read_documents(path)) for name, path in self.folders.items()}
+        return {name: b"".join(t.encode() for t in _read_texts(path)) for name, path in self.folders.items()}
 
 
-def stack_rows(rows: list[Row], sources: list[int]) -> Batch:
-    """Rows as one host batch."""
-    return Batch(
-        tokens_BT1=np.stack([r.tokens for r in rows]),
-        segment_ids_BT1=np.stack([r.segment_ids for r in rows]),
-        positions_BT1=np.stack([r.positions for r in rows]),
-        weights_BT=np.stack([r.weights for r in rows]),
-        source_B=np.array(sources, np.int32),
-    )
+def _all_rows(tables: Mapping[str, RowTable], rows_at_once: int = 1024) -> Iterator[Rows]:
+    for source, table in enumerate(tables.values()):
+        for start in range(0, len(table), rows_at_once):
+            yield table.read(range(start, min(start + rows_at_once, len(table))), source)
 
 
-def prepare_tables(
-    config: DataConfig, workdir: str | Path, seed: int, progress: Progress | None = None
-) -> PreparedData:
+def prepare_tables(config: DataConfig, workdir: str | Path, seed: int, progress: Progress | None = None) -> PreparedData:
     """Build what is missing, check what is there, open it.
 
     Raises:
@@ -137,92 +135,87 @@ def prepare_tables(
     """
     progress = progress or (lambda stage, done: None)
     sources = {source.name: source.build(config.root) for source in config.sources}
-    contents = {name: source.content_fingerprint() for name, source in sources.items()}
+    contents = {name: _content(source) for name, source in sources.items()}
     home = Path(workdir) / "tables"
-    missing = [p for p in (home, *home.parents) if not p.exists()]
-    with storage_errors(home):
-        home.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(home):
-            tokenizer = _tokenizer(config, sources, contents, home, progress)
-            folders = {s.name: _source_folder(config, s, tokenizer, home, seed) for s in config.sources}
-            for name, folder in folders.items():
-                if _reusable(folder, {name: contents[name]}, config.rebuild):
-                    continue
+    with _removed_if_empty(home), _locked(home):
+        tokenizer = _tokenizer(config, sources, contents, home, seed, progress)
+        folders = {s.name: _source_folder(config, s, sources[s.name], tokenizer, home, seed) for s in config.sources}
+        for source in config.sources:
+            folder, content = folders[source.name], {source.name: contents[source.name]}
+            if not _reusable(folder, content, config.rebuild):
                 with _built_in_place(folder) as building:
-                    _build_source(config, name, sources[name], tokenizer, building, seed, progress)
-                    write_json_atomic(building / _BUILT, {"contents": {name: contents[name]}})
-    except BaseException:
-        for folder in missing:  # nothing half-written stays where there was nothing
-            leftovers = [p for p in folder.iterdir() if p.name != ".lock"] if folder.is_dir() else [folder]
-            if not leftovers:
-                shutil.rmtree(folder)
-        raise
+                    _build_source(config, source, sources[source.name], tokenizer, building, seed, progress)
+                    write_json_atomic(building / _BUILT, {"contents": content})
     return _open(tokenizer, folders)
 
 
 def _open(tokenizer: Tokenizer, folders: dict[str, Path]) -> PreparedData:
-    train, heldout, num_bytes, report = {}, {}, {}, {}
+    train, scored, num_bytes, report = {}, {}, {}, {}
     for name, folder in folders.items():
-        train[name], heldout[name] = RowTable(folder / "train"), RowTable(folder / "heldout")
-        for table in (train[name], heldout[name]):
-            if table.manifest["tokenizer_sha256"] != tokenizer.sha256:
+        train[name], scored[name] = RowTable(folder / "train"), RowTable(folder / "heldout")
+        for table in (train[name], scored[name]):
+            made_with = table.manifest["tokenizer_sha256"]
+            if made_with != tokenizer.sha256:
                 raise ConfigError(
-                    f"a row table must be read with the tokenizer that made it, got {tokenizer.sha256[:12]} for "
-                    f"{table.folder}, made with {table.manifest['tokenizer_sha256'][:12]}; set data.rebuild=true"
+                    f"a row table must be read with the tokenizer that made it ({made_with[:12]}), got tokenizer "
+                    f"{tokenizer.sha256[:12]} for {table.folder}; {REBUILD}"
                 )
-        num_bytes[name] = heldout[name].manifest["text_bytes"]
+        num_bytes[name] = scored[name].manifest["text_bytes"]
         report[name] = {
-            kind: {k: v for k, v in table.manifest.items() if k not in ("shards", "format")}
-            for kind, table in (("train", train[name]), ("heldout", heldout[name]))
+            "train": {k: v for k, v in train[name].manifest.items() if k not in ("shards", "format", "dtypes")},
+            "heldout": {k: v for k, v in scored[name].manifest.items() if k not in ("shards", "format", "dtypes")},
         }
-    if not any(len(table) for table in heldout.values()):
-        raise ConfigError("evaluation needs held-out documents, got none; raise data.heldout_percent")
-    hashes = [f"{name} {train[name].manifest['logical_sha256']} {heldout[name].manifest['logical_sha256']}" for name in train]
+    if not any(num_bytes.values()):
+        raise ConfigError("evaluation needs held-out documents, got none; raise data.heldout_percent or heldout_max_bytes")
+    hashes = [f"{name} {train[name].rows_sha256} {scored[name].rows_sha256}" for name in folders]
     fingerprint = hashlib.sha256("\n".join([tokenizer.sha256, *hashes]).encode()).hexdigest()
-    return PreparedData(tokenizer, train, heldout, num_bytes, folders, fingerprint, report)
+    return PreparedData(tokenizer, train, scored, num_bytes, folders, fingerprint, report)
 
 
 # --- folders -----------------------------------------------------------------------------------------
 
 
-class _locked:  # noqa: N801
+@contextlib.contextmanager
+def _removed_if_empty(home: Path) -> Iterator[None]:
+    """Make `home`; when the block fails before anything was built there, leave no folder that was not there."""
+    missing = [p for p in (home, *home.parents) if not p.exists()]
+    try:
+        with storage_errors(home):
+            home.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            if folder.is_dir() and all(p.name == ".lock" for p in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(home: Path) -> Iterator[None]:
     """One builder at a time; the kernel frees the lock however the holder ends."""
-
-    def __init__(self, home: Path):
-        self._path = home / ".lock"
-
-    def __enter__(self) -> None:
-        with storage_errors(self._path):
-            self._file = open(self._path, "a")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        for leftover in self._path.parent.glob("*.building"):  # of a killed builder: we hold the lock
+    with storage_errors(home):
+        file = open(home / ".lock", "a")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for leftover in home.glob("*.building"):  # of a killed builder: we hold the lock
             shutil.rmtree(leftover)
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        yield
 
 
-class _built_in_place:  # noqa: N801
+@contextlib.contextmanager
+def _built_in_place(folder: Path) -> Iterator[Path]:
     """A folder that appears under its name when the block ends well, and not at all when it does not."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._building = folder.with_name(f"{folder.name}.building")
-
-    def __enter__(self) -> Path:
-        with storage_errors(self._building):
-            self._building.mkdir(parents=True)
-        return self._building
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self._building, ignore_errors=True)
-            return
-        with storage_errors(self._folder):
-            if self._folder.exists():
-                shutil.rmtree(self._folder)
-            self._building.rename(self._folder)
+    building = folder.with_name(f"{folder.name}.building")
+    with storage_errors(building, (OSError, RuntimeError)):
+        building.mkdir(parents=True)
+        try:
+            yield building
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        if folder.exists():
+            shutil.rmtree(folder)
+        building.rename(folder)
 
 
 def _reusable(folder: Path, contents: Mapping[str, str], rebuild: bool) -> bool:
@@ -232,102 +225,133 @@ def _reusable(folder: Path, contents: Mapping[str, str], rebuild: bool) -> bool:
       ConfigError: it was built from others, and no rebuild is wanted.
     """
     path = folder / _BUILT
-    if not path.exists():
+    if not path.exists() or rebuild:
         return False
     built = json.loads(path.read_text())["contents"]
     changed = sorted(name for name, value in contents.items() if built.get(name) != value)
-    if changed and not rebuild:
+    if changed:
         raise ConfigError(
             f"a corpus must not change after its rows were built, {', '.join(changed)} did (rows in {folder}); "
             "set data.rebuild=true to build them again, or use another run.workdir"
         )
-    return not changed
+    return True
 
 
-def _key(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+def _content(source: TextSource) -> str:
+    """A hash of all files of a source, by name."""
+    lines = [f"{name} {file_sha256(path)}" for name, path in source.files()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _source_identity(source: SourceConfig) -> Any:
+    """The fields of a source that decide its rows."""
+    return {k: v for k, v in to_json(source, identity_only=True).items() if k not in source.NOT_IN_TABLE}
+
+
+def _source_folder(
+    config: DataConfig, source: SourceConfig, opened: TextSource, tokenizer: Tokenizer, home: Path, seed: int
+) -> Path:
+    split = [config.heldout_percent, config.heldout_max_bytes]
+    key = _key(_source_identity(source), opened.identity, tokenizer.sha256, config.row_length, split, seed)
+    return home / f"{source.name}-{key}"
+
+
+# --- the tokenizer -----------------------------------------------------------------------------------
 
 
 def _tokenizer(
-    config: DataConfig, sources: Mapping[str, TextSource], contents: Mapping[str, str], home: Path, progress: Progress
+    config: DataConfig,
+    sources: Mapping[str, TextSource],
+    contents: Mapping[str, str],
+    home: Path,
+    seed: int,
+    progress: Progress,
 ) -> Tokenizer:
-    """The config's tokenizer, trained on the training texts where it has to be, kept beside the tables."""
-    identity = [to_json(config.tokenizer, identity_only=True), config.heldout_percent]
-    identity += [to_json(source, identity_only=True) for source in config.sources]
-    folder = home / f"tokenizer-{_key(identity)}"
-    path = folder / "tokenizer.json"
-    trained = getattr(config.tokenizer, "trained", False)
-    if trained and _reusable(folder, contents, config.rebuild):
-        return FileTokenizer(path.read_text(encoding="utf-8"))
-    if trained:
+    """The config's tokenizer, trained on the training texts where it has to be, then kept beside the tables."""
+
+    def texts(max_bytes: int) -> Iterator[str]:
+        return _sampled_texts(config, sources, seed, max_bytes)
+
+    if not config.tokenizer.trained:
+        return config.tokenizer.build(config.root, texts)
+    of_sources = [[_source_identity(s), sources[s.name].identity] for s in config.sources]
+    folder = home / f"tokenizer-{_key(to_json(config.tokenizer), of_sources, config.heldout_percent, seed)}"
+    if not _reusable(folder, contents, config.rebuild):
         progress("tokenizer", 0)
-    tokenizer = config.tokenizer.build(_train_texts(config, sources), config.root)
-    if trained:
         with _built_in_place(folder) as building:
-            tokenizer.save(building / "tokenizer.json")
+            config.tokenizer.build(config.root, texts).save(building / "tokenizer.json")
             write_json_atomic(building / _BUILT, {"contents": dict(contents)})
-    return tokenizer
+    return config.tokenizer.load((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
-def _train_texts(config: DataConfig, sources: Mapping[str, TextSource]) -> Iterator[str]:
-    for name, source in sources.items():
-        for document in _documents(config, name, source):
-            if isinstance(document, TextDocument) and not is_heldout(document.id, config.heldout_percent):
-                yield document.text
+def _sampled_texts(config: DataConfig, sources: Mapping[str, TextSource], seed: int, max_bytes: int) -> Iterator[str]:
+    """Training documents, a random share of them when all together are more than `max_bytes`."""
+
+    def documents() -> Iterator[TextDocument]:
+        for source in config.sources:
+            for document in sources[source.name].documents():
+                if isinstance(document, TextDocument) and not _is_heldout(config, source, document, seed):
+                    yield document
+
+    total = sum(len(d.text.encode()) for d in documents())
+    share = min(1.0, max_bytes / max(1, total))
+    for document in documents():
+        if share == 1.0 or stable_seed("tokenizer", seed, document.source, document.id) < share * 2**63:
+            yield document.text
+            if document.first is not None:
+                yield document.first
 
 
-def _documents(config: DataConfig, name: str, source: TextSource) -> Iterator[TextDocument | BadRecord]:
-    """Documents, and bad records where the source counts them.
-
-    Raises:
-      ConfigError: a bad record, with its file and line, in a source that does not allow them.
-    """
-    strict = next(getattr(s, "on_bad_record", "count") for s in config.sources if s.name == name) == "error"
-    for document in source.documents():
-        if strict and isinstance(document, BadRecord):
-            raise ConfigError(
-                f"{document.where}: {document.reason}; mend the record, or set data.sources.{name}.on_bad_record=count"
-            )
-        yield document
-
-
-def _source_folder(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer, home: Path, seed: int) -> Path:
-    identity = [to_json(source, identity_only=True), tokenizer.sha256, config.row_length, seed]
-    identity += [config.heldout_percent, config.heldout_max_bytes]
-    return home / f"{source.name}-{_key(identity)}"
+def _is_heldout(config: DataConfig, source: SourceConfig, document: TextDocument, seed: int) -> bool:
+    percent = config.heldout_percent if source.heldout_percent is None else source.heldout_percent
+    return heldout(document.id, percent, seed)
 
 
 # --- building ----------------------------------------------------------------------------------------
 
 
 def _build_source(
-    config: DataConfig, name: str, source: TextSource, tokenizer: Tokenizer, folder: Path, seed: int, progress: Progress
+    config: DataConfig,
+    source: SourceConfig,
+    opened: TextSource,
+    tokenizer: Tokenizer,
+    folder: Path,
+    seed: int,
+    progress: Progress,
 ) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, storage_errors(folder):
+    """Both tables of one source, and the text of its scored documents."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         train = _TokenFile(Path(scratch) / "train", tokenizer)
-        heldout: list[TextDocument] = []
+        kept: list[TextDocument] = []
         bad: list[BadRecord] = []
-        for document in _documents(config, name, source):
+        for document in opened.documents():
             if isinstance(document, BadRecord):
                 bad.append(document)
-            elif is_heldout(document.id, config.heldout_percent):
-                heldout.append(document)
+            elif _is_heldout(config, source, document, seed):
+                kept.append(document)
             else:
-                train.add(document.text)
-                progress(name, train.num_documents)
+                train.add(document)
+                progress(source.name, train.num_documents)
         train.close()
-        if not train.num_documents:
-            raise ConfigError(f"data.sources.{name} must hold documents to train on, got none; check its path and keys")
-        scored = _within(heldout, config.heldout_max_bytes)
-        scored_tokens = _TokenFile(Path(scratch) / "heldout", tokenizer)
-        for document in scored:
-            scored_tokens.add(document.text)
-        scored_tokens.close()
-        facts = {"bad_records": len(bad), "first_bad_records": [dataclasses.asdict(b) for b in bad[:_SHOWN_BAD_RECORDS]]}
-        _build_table(config, train, folder / "train", tokenizer, stable_seed(seed, name, "train"), facts)
-        facts = {"unused_documents": len(heldout) - len(scored)}
-        _build_table(config, scored_tokens, folder / "heldout", tokenizer, stable_seed(seed, name, "heldout"), facts)
-    _write_documents(folder, scored)
+        if not train.num_documents and source.heldout_percent != 100:
+            found = f"{len(kept)} held-out ones and {len(bad)} bad records" if kept or bad else "none at all"
+            raise ConfigError(f"data.sources.{source.name} must hold documents to train on, got {found}; check its path")
+        chosen = _within(kept, config.heldout_max_bytes)
+        scored = _TokenFile(Path(scratch) / "heldout", tokenizer)
+        for document in chosen:
+            scored.add(document)
+        scored.close()
+        facts: dict[str, Any] = {"bad_records": len(bad)}
+        facts["first_bad_records"] = [dataclasses.asdict(b) for b in bad[:_SHOWN_BAD_RECORDS]]
+        _build_table(config, source, train, folder / "train", tokenizer, stable_seed(seed, source.name), facts)
+        facts = {"unused_documents": len(kept) - len(chosen)}
+        _build_table(config, source, scored, folder / "heldout", tokenizer, stable_seed(seed, source.name), facts)
+    lines = "".join(json.dumps([d.text], ensure_ascii=False) + "\n" for d in chosen)
+    write_atomic(folder / "heldout.jsonl.gz", gzip.compress(lines.encode(), mtime=0))
 
 
 def _within(documents: list[TextDocument], max_bytes: int) -> list[TextDocument]:
@@ -341,14 +365,9 @@ def _within(documents: list[TextDocument], max_bytes: int) -> list[TextDocument]
     return kept
 
 
-def _write_documents(folder: Path, documents: list[TextDocument]) -> None:
-    lines = "".join(json.dumps({"id": d.id, "text": d.text}, ensure_ascii=False) + "\n" for d in documents)
-    write_atomic(folder / "heldout.jsonl.gz", gzip.compress(lines.encode(), mtime=0))
-
-
-def _read_documents(folder: Path) -> list[TextDocument]:
-    lines = gzip.decompress((folder / "heldout.jsonl.gz").read_bytes()).decode().split("\n")
-    return [TextDocument(**json.loads(line)) for line in lines if line]
+def _read_texts(folder: Path) -> Iterator[str]:
+    for line in gzip.decompress((folder / "heldout.jsonl.gz").read_bytes()).splitlines():
+        yield json.loads(line)[0]
 
 
 class _TokenFile:
@@ -358,74 +377,37 @@ class _TokenFile:
         self.path = path
         self._tokenizer = tokenizer
         self._file = open(path, "wb")
-        self._texts: list[str] = []
+        self._waiting: list[TextDocument] = []
         self._characters = 0
         self._ends = [0]
+        self._first_lengths: list[int] = []
         self.num_bytes = 0
         self.num_documents = 0
 
-    def add(self, text: str) -> None:
-        self._texts.append(text)
+    def add(self, document: TextDocument) -> None:
+        self._waiting.append(document)
         self.num_documents += 1
-        self._characters += len(text)
-        self.num_bytes += len(text.encode())
+        self.num_bytes += len(document.text.encode())
+        self._characters += len(document.text) + len(document.first or "")
         if self._characters >= _ENCODE_CHARACTERS:
             self._encode()
 
     def _encode(self) -> None:
-        for ids in self._tokenizer.encode_batch(self._texts):
-            self._file.write(np.array(ids, np.uint32).tobytes())
-            self._ends.append(self._ends[-1] + len(ids))
-        self._texts, self._characters = [], 0
+        ids = self._tokenizer.encode_batch([d.text for d in self._waiting])
+        firsts = iter(self._tokenizer.encode_batch([d.first for d in self._waiting if d.first is not None]))
+        for document, second in zip(self._waiting, ids, strict=True):
+            first = [] if document.first is None else next(firsts)
+            self._file.write(np.array([*first, *second], np.uint32).tobytes())
+            self._ends.append(self._ends[-1] + len(first) + len(second))
+            self._first_lengths.append(-1 if document.first is None else len(first))
+        self._waiting, self._characters = [], 0
 
     def close(self) -> None:
         """Write what is left; the file can be read afterwards."""
         self._encode()
         self._file.close()
         self.offsets = np.array(self._ends)
-
-
-def _build_table(
-    config: DataConfig, tokens: _TokenFile, folder: Path, tokenizer: Tokenizer, seed: int, facts: Mapping[str, Any]
-) -> None:
-    """Pack every window into a shard of its own; windows are independent, so any number of processes may work."""
-    folder.mkdir()
-    plan = list(windows(tokens.num_documents, seed))
-    jobs = [
-        _Window(
-            tokens.path, tokens.offsets[members], tokens.offsets[members + 1], config.row_length, window_seed,
-            tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, folder / f"{number:05d}-of-{len(plan):05d}.arrayrecord",
-        )
-        for number, (window_seed, members) in enumerate(plan)
-    ]  # fmt: skip
-    workers = min(config.num_workers or os.cpu_count() or 1, len(jobs))
-    if workers <= 1:
-        shards = [_pack_shard(job) for job in jobs]
-    else:
-        context = multiprocessing.get_context("spawn")  # jax and its threads do not survive a fork
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-            shards = list(pool.map(_pack_shard, jobs))
-    rows = sum(s.rows for s in shards)
-    num_tokens = int(tokens.offsets[-1]) + 2 * tokens.num_documents
-    num_targets = int(tokens.offsets[-1]) + tokens.num_documents
-    longer = int(np.sum(np.diff(tokens.offsets) + 2 > config.row_length + 1))
-    write_manifest(
-        folder,
-        shards,
-        {
-            "row_length": config.row_length,
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": tokenizer.sha256,
-            "seed": seed,
-            "documents": tokens.num_documents,
-            "documents_cut": longer,
-            "text_bytes": tokens.num_bytes,
-            "tokens": num_tokens,
-            "targets": num_targets,
-            "fill_fraction": num_targets / max(1, rows * config.row_length),
-            **facts,
-        },
-    )
+        self.first_lengths = np.array(self._first_lengths, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,17 +417,97 @@ class _Window:
     tokens: Path
     starts: np.ndarray
     ends: np.ndarray
-    row_length: int
+    first_lengths: np.ndarray  # -1: a document, not a pair
+    row_format: RowFormat
+    specials: Specials
+    on_overflow: Overflow
     seed: int
-    bos_id: int
-    eos_id: int
-    pad_id: int
     shard: Path
 
 
-def _pack_shard(job: _Window) -> Any:
-    ids = np.memmap(job.tokens, np.uint32, "r") if job.tokens.stat().st_size else np.zeros(0, np.uint32)
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A written shard and what went into it."""
+
+    shard: Shard
+    targets: int
+    cut_documents: int
+    dropped_pairs: int
+
+
+def _pack_shard(window: _Window) -> _Packed:
+    ids = np.memmap(window.tokens, np.uint32, "r") if window.tokens.stat().st_size else np.zeros(0, np.uint32)
     pieces: list[Piece] = []
-    for start, end in zip(job.starts, job.ends, strict=True):
-        pieces += document_pieces(ids[start:end], bos_id=job.bos_id, eos_id=job.eos_id, row_length=job.row_length)
-    return write_shard(job.shard, pack_window(pieces, row_length=job.row_length, pad_id=job.pad_id, seed=job.seed), 0)
+    cut = dropped = 0
+    row_length = window.row_format.row_length
+    for start, end, first_length in zip(window.starts, window.ends, window.first_lengths, strict=True):
+        if first_length < 0:
+            found = document_pieces(ids[start:end], row_length, window.specials)
+            cut += len(found) > 1
+            pieces += found
+            continue
+        middle = start + first_length
+        pair = pair_piece(ids[start:middle], ids[middle:end], row_length, window.specials, window.on_overflow)
+        dropped += pair is None
+        pieces += [] if pair is None else [pair]
+    rows = pack_window(pieces, row_length=row_length, pad_id=window.specials.pad, seed=window.seed)
+    targets = sum(len(p.tokens) - p.first_target for p in pieces)
+    return _Packed(write_shard(window.shard, rows, window.row_format), targets, cut, dropped)
+
+
+def _build_table(
+    config: DataConfig,
+    source: SourceConfig,
+    tokens: _TokenFile,
+    folder: Path,
+    tokenizer: Tokenizer,
+    seed: int,
+    facts: Mapping[str, Any],
+) -> None:
+    """Pack every window into a shard of its own; windows are independent, so any number of processes may work."""
+    folder.mkdir()
+    row_format = RowFormat(row_length=config.row_length, vocab_size=tokenizer.vocab_size)
+    order = seeded_order(tokens.num_documents, stable_seed(seed, "documents"))
+    jobs = [
+        _Window(
+            tokens=tokens.path,
+            starts=tokens.offsets[order[window]],
+            ends=tokens.offsets[order[window] + 1],
+            first_lengths=tokens.first_lengths[order[window]],
+            row_format=row_format,
+            specials=Specials(
+                bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id, sep=tokenizer.sep_id
+            ),
+            on_overflow=source.on_overflow,
+            seed=stable_seed(seed, "window", number),
+            shard=folder / f"{number:05d}.array_record",
+        )
+        for number, window in enumerate(windows(tokens.num_documents))
+    ]
+    workers = min(config.num_workers or os.cpu_count() or 1, len(jobs))
+    try:
+        if workers <= 1:
+            packed = [_pack_shard(job) for job in jobs]
+        else:
+            context = multiprocessing.get_context("spawn")  # jax and its threads do not survive a fork
+            with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+                packed = list(pool.map(_pack_shard, jobs))
+    except Overflowed as error:
+        raise ConfigError(
+            f"a pair must fit a row of {config.row_length + 1} tokens, data.sources.{source.name} holds one of {error.length}; "
+            f"raise data.row_length, or set data.sources.{source.name}.on_overflow to drop or truncate"
+        ) from error
+    rows = sum(p.shard.rows for p in packed)
+    targets = sum(p.targets for p in packed)
+    all_facts = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "seed": seed,
+        "documents": tokens.num_documents,
+        "documents_cut": sum(p.cut_documents for p in packed),
+        "pairs_dropped": sum(p.dropped_pairs for p in packed),
+        "text_bytes": tokens.num_bytes,
+        "target_tokens": targets,
+        "fill_fraction": targets / max(1, rows * config.row_length),
+        **facts,
+    }
+    write_table_manifest(folder, [p.shard for p in packed], row_format, all_facts)

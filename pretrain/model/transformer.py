@@ -339,7 +339,10 @@ def _run_blocks(
 ) -> jax.Array:
     pattern = config.layer_pattern
     plan_of = {kind.window: _plan(segment_ids_BT, config.spec(kind), x_BTD.shape[:2]) for kind in pattern}
-    tables_of = {kind.rope: kind.rope.tables(positions_BT, config.head_width) for kind in pattern}
+    tables_of = {
+        kind.rope: kind.rope.tables(positions_BT, config.head_width, positions_BT.shape[1])
+        for kind in pattern
+    }
     functions = {kind: _layer_function(config, kind, impl) for kind in pattern}
 
     def step(x: jax.Array, layer: Params, kind: LayerKind) -> jax.Array:

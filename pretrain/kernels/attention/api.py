@@ -4,6 +4,7 @@ B rows, T query time, S key time, N query heads, K key-value heads, G = N/K, H h
 """
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -12,12 +13,182 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
-from pretrain.kernels.attention import reference
-from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, make_plan
+from pretrain.kernels.attention import reference, tpu, worklist
+from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks, tpu_blocks
+from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, allowed_BTS, make_plan
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("xla", "reference")
+# In the order in which `auto` asks them; tpu_interpret and reference are taken only by name.
+AUTO_ORDER = ("pallas_tpu", "cudnn", "xla")
+IMPLEMENTATIONS = ("pallas_tpu", "tpu_interpret", "cudnn", "xla", "reference")
+
+KERNEL_WIDTHS = (64, 128, 256)
+# Up to this many query rows of one key-value head are one tile against a cache.
+DECODE_ROWS = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What dispatch looks at: all static.
+
+    offset: "none" (T = S), "static", "traced", or "rows" (one a batch row, as in decoding).
+    """
+
+    platform: str
+    device_kind: str
+    dtype: str
+    batch: int
+    num_queries: int
+    num_keys: int
+    heads: int
+    kv_heads: int
+    width: int
+    spec: AttentionSpec
+    packed: bool = False
+    sinks: bool = False
+    offset: str = "none"
+    return_lse: bool = False
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def decoding(self) -> bool:
+        """A few queries against a longer cache."""
+        return self.offset != "none" and self.group * self.num_queries <= DECODE_ROWS < self.num_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The implementation taken, and for the others that were asked, every reason why not."""
+
+    impl: str
+    declined: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"not {name}: {', '.join(why)}" for name, why in self.declined.items())
+        return f"attention by {self.impl}" + (f" ({reasons})" if reasons else "")
+
+
+def choose(problem: Problem, impl: str = "auto", config: TpuBlocks | HopperBlocks | None = None) -> Choice:
+    """Which implementation serves `problem`. An explicit choice never falls back.
+
+    Raises NotImplementedError with every reason when `impl` cannot do it.
+    """
+    if impl != "auto":
+        reasons = _reasons(impl, problem, config)
+        if reasons:
+            raise NotImplementedError(f"attention impl={impl!r} cannot do this: {'; '.join(reasons)}")
+        return Choice(impl, {})
+    declined = {}
+    for name in AUTO_ORDER:
+        reasons = _reasons(name, problem, config)
+        if not reasons:
+            return Choice(name, declined)
+        declined[name] = reasons
+    raise AssertionError("xla serves every problem")
+
+
+def _reasons(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None) -> list[str]:
+    """Why `impl` cannot serve `p`; empty when it can."""
+    reasons = []
+    match impl:
+        case "xla" | "reference":
+            pass
+        case "pallas_tpu" | "tpu_interpret":
+            if not p.spec.causal:
+                reasons.append("its blocks follow the diagonal, got causal=False")
+            if p.dtype not in ("float32", "bfloat16"):
+                reasons.append(f"needs float32 or bfloat16, got {p.dtype}")
+            if impl == "pallas_tpu":
+                if p.platform != "tpu":
+                    reasons.append(f"needs a TPU, got {p.platform}")
+                if p.width not in KERNEL_WIDTHS:
+                    reasons.append(f"needs head width 64, 128 or 256, got {p.width}")
+            if not reasons:
+                reasons += _block_reasons(p, _tpu_config(p, impl, config), minimum=128 if impl == "pallas_tpu" else 8)
+        case "cudnn":
+            if p.platform not in ("cuda", "gpu"):
+                reasons.append(f"needs CUDA, got {p.platform}")
+            if p.dtype not in ("bfloat16", "float16"):
+                reasons.append(f"needs bfloat16 or float16, got {p.dtype}")
+            if p.width % 8 or p.width > 128:
+                reasons.append(f"needs head width a multiple of 8 up to 128, got {p.width}")
+            for present, what in (
+                (p.packed, "packed rows"),
+                (p.spec.softcap is not None, "soft cap"),
+                (p.sinks, "sinks"),
+                (p.offset != "none", "query offset"),
+                (p.return_lse, "log-sum-exp output"),
+                (p.spec.window is not None and not p.spec.causal, "two-sided window"),
+            ):
+                if present:
+                    reasons.append(f"has no {what}")
+        case _:
+            raise AssertionError(impl)
+    return reasons
+
+
+def _block_reasons(p: Problem, blocks: TpuBlocks, minimum: int) -> list[str]:
+    if p.decoding:
+        if p.num_keys % minimum:
+            return [f"needs a cache length that {minimum} divides, got {p.num_keys}"]
+        return []
+    reasons = []
+    if p.offset != "none":
+        for name, length, size in [
+            *(("queries", p.num_queries, block_q) for _, block_q, _ in blocks.tiles),
+            *(("keys", p.num_keys, block_k) for _, _, block_k in blocks.tiles),
+        ]:
+            if length % size or size < minimum:
+                reasons.append(f"with an offset {name} must come in multiples of {max(size, minimum)}, got {length}")
+    if p.offset == "rows":
+        reasons.append("offsets of rows are for decoding, a few queries against a longer cache")
+    offset = 0 if p.offset == "none" else jnp.zeros((), jnp.int32)
+    row = max(
+        8 * worklist.max_steps(1, *_padded(p.num_queries, p.num_keys, blocks), side, block_q, block_k, offset)
+        for side, block_q, block_k in blocks.tiles
+    )
+    if row > worklist.MAX_TABLE_BYTES:
+        reasons.append(f"the work list of one row takes {row} bytes of scalar memory, more than the limit of "
+                       f"{worklist.MAX_TABLE_BYTES}; use longer blocks")  # fmt: skip
+    return list(dict.fromkeys(reasons))
+
+
+def _tpu_config(p: Problem, impl: str, config: TpuBlocks | HopperBlocks | None) -> TpuBlocks:
+    """The tiles to use: those given, or the table's, shortened to the row (and to a divisor under an offset)."""
+    if config is not None:
+        if not isinstance(config, TpuBlocks):
+            raise ConfigError(f"impl={impl!r} takes TpuBlocks, got {type(config).__name__}")
+        return config
+    blocks = tpu_blocks(p.device_kind, p.width, p.group, p.packed)
+    blocks = blocks.limited_to(max(p.num_queries, 8 if impl == "tpu_interpret" else 128))
+    if p.offset != "none":
+        # The greatest power of two that divides the length.
+        limits = {"q": p.num_queries & -p.num_queries, "k": p.num_keys & -p.num_keys}
+        fields = {f.name: getattr(blocks, f.name) for f in dataclasses.fields(blocks)}
+        fields = {name: max(8, min(size, limits["q" if "_q" in name else "k"])) for name, size in fields.items()}
+        blocks = TpuBlocks(**fields)
+    return blocks
+
+
+def _padded(num_queries: int, num_keys: int, blocks: TpuBlocks) -> tuple[int, int]:
+    """Lengths rounded up to all blocks, which are powers of two."""
+    size_q = max(block_q for _, block_q, _ in blocks.tiles)
+    size_k = max(block_k for _, _, block_k in blocks.tiles)
+    if num_queries == num_keys:
+        size_q = size_k = max(size_q, size_k)
+    return -(-num_queries // size_q) * size_q, -(-num_keys // size_k) * size_k
+
+
+def target() -> tuple[str, str]:
+    """(platform, device kind) that is traced for: the mesh in scope if it names one, else the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform, device.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
 
 
 def attention(
@@ -31,6 +202,8 @@ def attention(
     sinks_N: Float[Array, " N"] | None = None,
     q_offset: int | Int[Array, ""] | Int[Array, " B"] | None = None,
     impl: str = "auto",
+    config: TpuBlocks | HopperBlocks | None = None,
+    interpret: object = None,
     return_lse: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention of each query to the keys of its document.
@@ -38,33 +211,185 @@ def attention(
     plan: from `make_plan`, over the S keys; make it once a batch. segment_ids is sugar for that.
     sinks_N: one logit a head that joins the softmax's denominator and carries no value; differentiable.
     q_offset: row of the first query among the keys; needed when T differs from S, and in context parallelism.
-      One offset a batch row, [B], serves decoding.
+      One offset a batch row, [B], serves decoding: the queries of row b see the keys up to q_offset[b] + t.
+    impl: auto, pallas_tpu, tpu_interpret (the TPU kernels interpreted anywhere), cudnn, xla, reference.
+    config: tiles, instead of the table's. interpret: another interpreter for tpu_interpret (pltpu.InterpretParams).
     return_lse: also the natural log-sum-exp of the scores, float32, differentiable.
 
+    Runs on local arrays: on a mesh call it inside shard_map, with keys gathered over the context axis.
     Raises ConfigError on bad input before anything is traced, NotImplementedError when an implementation asked for by
     name cannot do this.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, plan, segment_ids, spec, sinks_N, q_offset, impl)
     batch, num_queries = q_BTNH.shape[:2]
-    num_keys = k_BSKH.shape[1]
+    problem = _problem(q_BTNH, k_BSKH, spec, plan, segment_ids, sinks_N, q_offset, return_lse)
+    choice = choose(problem, impl, config)
+    logger.debug("%s", choice)
     if plan is None:
-        plan = make_plan(segment_ids, spec, seq_len=num_keys, batch=batch)
+        plan = make_plan(segment_ids, spec, seq_len=k_BSKH.shape[1], batch=batch)
+    if plan.q_hi_BS.shape[0] != batch:
+        plan = dataclasses.replace(
+            plan,
+            k_lo_BT=jnp.broadcast_to(plan.k_lo_BT, (batch, plan.k_lo_BT.shape[1])),
+            q_hi_BS=jnp.broadcast_to(plan.q_hi_BS, (batch, plan.q_hi_BS.shape[1])),
+            work=(),
+        )
     offset = 0 if q_offset is None else q_offset
-    if jnp.ndim(offset) == 1:
-        take = jax.vmap(lambda k_lo_S, start: lax.dynamic_slice_in_dim(k_lo_S, start, num_queries))
-        plan = dataclasses.replace(plan, k_lo_BT=take(plan.k_lo_BT, jnp.asarray(offset)))
-    else:
-        plan = plan.rows(offset, num_queries)
-    if plan.k_lo_BT.shape[0] != batch:
-        plan = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[1])), plan)
-    if impl == "reference":
-        mask = reference._mask(plan.k_lo_BT, reference._last_key(plan, offset), num_keys)
-        dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-        o_BTNH, lse_BNT = reference.definition(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, spec, dtype=dtype)
-        o_BTNH = o_BTNH.astype(q_BTNH.dtype)
-    else:
-        o_BTNH, lse_BNT = reference.xla_attention(q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, spec, q_offset=offset)
+    q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset = _aligned((q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset))
+    plan = plan.rows(offset, num_queries)
+    match choice.impl:
+        case "pallas_tpu" | "tpu_interpret":
+            if choice.impl == "pallas_tpu":
+                interpret = False
+            elif interpret is None:
+                interpret = True
+            blocks = _tpu_config(problem, choice.impl, config)
+            run = functools.partial(_on_tpu, spec, blocks, problem, interpret)
+            o_BTNH, lse_BNT = run(q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset)
+        case "cudnn":
+            window = None if spec.window is None else (spec.window - 1, 0)
+            o_BTNH, lse_BNT = _by_cudnn(q_BTNH, k_BSKH, v_BSKH, spec, window), None
+        case "reference":
+            mask_BTS = allowed_BTS(plan, offset, k_BSKH.shape[1])
+            dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+            o_BTNH, lse_BNT = reference.definition(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N, spec, dtype=dtype)
+            o_BTNH = o_BTNH.astype(q_BTNH.dtype)
+        case "xla":
+            o_BTNH, lse_BNT = reference.xla_attention(q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, spec, q_offset=offset)
     return (o_BTNH, lse_BNT) if return_lse else o_BTNH
+
+
+def prepare_plan(
+    plan: PackPlan, q_BTNH: jax.ShapeDtypeStruct, k_BSKH: jax.ShapeDtypeStruct, *, spec: AttentionSpec,
+    impl: str = "auto", config: TpuBlocks | HopperBlocks | None = None,
+) -> PackPlan:
+    """The plan with the work lists that `attention` will want, so that layers share them: once a batch.
+
+    Only the shapes and dtypes of q and k are read. Without it each call makes its own lists.
+    """
+    problem = _problem(q_BTNH, k_BSKH, spec, plan, None, None, None, False)
+    choice = choose(problem, impl, config)
+    if choice.impl not in ("pallas_tpu", "tpu_interpret"):
+        return plan
+    blocks = _tpu_config(problem, choice.impl, config)
+    padded = _pad_plan(plan, *_padded(problem.num_queries, problem.num_keys, blocks))
+    return dataclasses.replace(plan, work=_work(padded, blocks, 0))
+
+
+def _problem(q, k, spec, plan, segment_ids, sinks, q_offset, return_lse) -> Problem:
+    platform, device_kind = target()
+    if q_offset is None:
+        offset = "none"
+    elif isinstance(q_offset, int):
+        offset = "none" if q_offset == 0 and q.shape[1] == k.shape[1] else "static"
+    else:
+        offset = "rows" if jnp.ndim(q_offset) == 1 else "traced"
+    return Problem(
+        platform=platform,
+        device_kind=device_kind,
+        dtype=jnp.dtype(q.dtype).name,
+        batch=q.shape[0],
+        num_queries=q.shape[1],
+        num_keys=k.shape[1],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        width=q.shape[3],
+        spec=spec,
+        packed=plan is not None or segment_ids is not None,
+        sinks=sinks is not None,
+        offset=offset,
+        return_lse=return_lse,
+    )
+
+
+def _aligned(tree):
+    """Inside shard_map: every array varies over the axes that any of them varies over.
+
+    A kernel sees one block of everything; the transpose of the alignment sums gradients over the added axes.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+    def align(x):
+        missing = axes - jax.typeof(x).manual_axis_type.varying if isinstance(x, jax.Array) else None
+        return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(align, tree)
+
+
+def _work(plan: PackPlan, blocks: TpuBlocks, offset: int | Array) -> tuple[worklist.WorkList, ...]:
+    lists = {}
+    for tile in blocks.tiles:
+        if tile not in lists:
+            side, block_q, block_k = tile
+            lists[tile] = worklist.work_list(plan, side=side, block_q=block_q, block_k=block_k, q_offset=offset)
+    return tuple(lists[tile] for tile in blocks.tiles)
+
+
+def _pad_plan(plan: PackPlan, num_queries: int, num_keys: int) -> PackPlan:
+    """Positions of padding see only themselves: a padded tail costs its diagonal blocks and nothing more."""
+
+    def pad(x: Array, length: int) -> Array:
+        tail = jnp.arange(x.shape[1], length, dtype=x.dtype)
+        return jnp.concatenate([x, jnp.broadcast_to(tail[None], (x.shape[0], tail.size))], axis=1)
+
+    return dataclasses.replace(
+        plan, k_lo_BT=pad(plan.k_lo_BT, num_queries), q_hi_BS=pad(plan.q_hi_BS, num_keys), work=plan.work
+    )
+
+
+def _on_tpu(spec, blocks, problem, interpret, q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset):
+    """The TPU kernels with rows padded to the blocks, in parts of the batch whose work lists fit scalar memory."""
+    if problem.decoding:
+        block_k = min(blocks.block_k, problem.num_keys & -problem.num_keys)
+        slice_k = min(blocks.slice_k, block_k)
+        return tpu.tpu_decode(
+            q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, spec, block_k=block_k, slice_k=slice_k, q_offset=offset,
+            interpret=interpret,
+        )  # fmt: skip
+    num_queries, num_keys = problem.num_queries, problem.num_keys
+    padded_q, padded_k = _padded(num_queries, num_keys, blocks)
+    if padded_q != num_queries:
+        widen = [(0, 0), (0, padded_q - num_queries), (0, 0), (0, 0)]
+        q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, widen) for x in (q_BTNH, k_BSKH, v_BSKH))
+        plan = _pad_plan(plan, padded_q, padded_k)
+    bytes_per_row = 8 * max(
+        worklist.max_steps(1, padded_q, padded_k, side, block_q, block_k, offset)
+        for side, block_q, block_k in blocks.tiles
+    )
+    rows = max(1, worklist.MAX_TABLE_BYTES // bytes_per_row)
+    outputs = []
+    for start in range(0, problem.batch, rows):
+        part = slice(start, start + rows)
+        if rows >= problem.batch and _matches(plan.work, blocks):
+            local, work = plan, plan.work
+        else:
+            local = dataclasses.replace(plan, k_lo_BT=plan.k_lo_BT[part], q_hi_BS=plan.q_hi_BS[part], work=())
+            work = _work(local, blocks, offset)
+        outputs.append(
+            tpu.tpu_attention(
+                q_BTNH[part], k_BSKH[part], v_BSKH[part], local, work, sinks_N, spec, blocks, q_offset=offset,
+                interpret=interpret,
+            )  # fmt: skip
+        )
+    o_BTNH, lse_BNT = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=0) for x in zip(*outputs, strict=True))
+    return o_BTNH[:, :num_queries], lse_BNT[:, :, :num_queries]
+
+
+def _matches(work: tuple[worklist.WorkList, ...], blocks: TpuBlocks) -> bool:
+    return tuple((w.side, w.block_q, w.block_k) for w in work) == blocks.tiles
+
+
+def _by_cudnn(q_BTNH, k_BSKH, v_BSKH, spec: AttentionSpec, window: tuple[int, int] | None) -> Array:
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        is_causal=spec.causal,
+        scale=spec.scale,
+        local_window_size=window,
+        implementation="cudnn",
+    )
 
 
 def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl) -> None:
@@ -113,6 +438,8 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl) -> None:
             f"q_offset must be given when queries and keys differ in number, got {q.shape[1]} and {k.shape[1]}; "
             "it is the row of the first query among the keys"
         )
+    if q_offset is not None and jnp.ndim(q_offset) == 1 and not spec.causal:
+        faults.append("one offset a row is for causal attention, got causal=False; use one offset for the batch")
     if isinstance(q_offset, int) and not 0 <= q_offset <= k.shape[1] - q.shape[1]:
         faults.append(
             f"q_offset must lie in [0, {k.shape[1] - q.shape[1]}], got {q_offset}; every query needs its own key"

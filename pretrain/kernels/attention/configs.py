@@ -40,3 +40,67 @@ class TpuBlocks:
         """The same tiles, halved until they are no longer than the row rounded up to a power of two."""
         limit = max(8, 1 << (length - 1).bit_length())
         return TpuBlocks(**{f.name: min(getattr(self, f.name), limit) for f in dataclasses.fields(self)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HopperBlocks:
+    """Tiles of the Hopper kernels. `block_q` rows belong to one warpgroup of two; stages buffer what streams by."""
+
+    block_q: int
+    block_k: int
+    stages: int
+    block_q_dq: int
+    block_k_dq: int
+    block_q_dkv: int
+    block_k_dkv: int
+    stages_bwd: int
+
+
+def _tpu(forward: tuple[int, int], dq: tuple[int, int], dkv: tuple[int, int], slice_k: int) -> TpuBlocks:
+    return TpuBlocks(
+        block_q=forward[0],
+        block_k=forward[1],
+        block_q_dq=dq[0],
+        block_k_dq=dq[1],
+        block_q_dkv=dkv[0],
+        block_k_dkv=dkv[1],
+        slice_k=slice_k,
+    )
+
+
+# {(chip, H): {packed: blocks of X = G·block_q columns}}. Never timed: no TPU was at hand. Packed rows take smaller
+# tiles, because a block that holds three documents computes three times what they need.
+TPU_TABLE: dict[tuple[str, int], dict[bool, TpuBlocks]] = {
+    ("v5e", 64): {False: _tpu((1024, 1024), (512, 1024), (512, 1024), 512), True: _tpu((512, 512), (512, 512), (512, 512), 256)},
+    ("v5e", 128): {False: _tpu((1024, 1024), (512, 1024), (512, 1024), 256), True: _tpu((512, 512), (512, 512), (512, 512), 256)},
+    ("v5e", 256): {False: _tpu((1024, 1024), (512, 512), (512, 512), 256), True: _tpu((512, 512), (512, 512), (512, 512), 256)},
+    ("v5p", 64): {False: _tpu((1024, 1024), (512, 1024), (512, 1024), 512), True: _tpu((512, 512), (512, 512), (512, 512), 256)},
+    ("v5p", 128): {False: _tpu((1024, 1024), (512, 1024), (512, 1024), 256), True: _tpu((512, 512), (512, 512), (512, 512), 256)},
+    ("v5p", 256): {False: _tpu((1024, 1024), (512, 512), (512, 512), 256), True: _tpu((512, 512), (512, 512), (512, 512), 256)},
+    ("v6e", 64): {False: _tpu((1024, 1024), (1024, 1024), (1024, 1024), 512), True: _tpu((512, 512), (512, 512), (512, 512), 256)},
+    ("v6e", 128): {False: _tpu((1024, 1024), (1024, 1024), (1024, 1024), 512), True: _tpu((512, 512), (512, 512), (512, 512), 256)},
+    ("v6e", 256): {False: _tpu((1024, 1024), (512, 1024), (512, 1024), 256), True: _tpu((512, 512), (512, 512), (512, 512), 256)},
+}  # fmt: skip
+
+# What jax calls the chips.
+TPU_CHIPS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v6e",
+}
+
+
+def tpu_blocks(device_kind: str, width: int, group: int, packed: bool) -> TpuBlocks:
+    """The row of the table for a chip; other chips and widths take the nearest row.
+
+    The table speaks of X = G·block_q columns: the more heads share keys, the fewer queries a tile holds.
+    """
+    chip = TPU_CHIPS.get(device_kind, "v5e")
+    blocks = TPU_TABLE[chip, 64 if width <= 64 else 128 if width <= 128 else 256][packed]
+    shrink = 1 << (group - 1).bit_length()
+    queries = ("block_q", "block_q_dq", "block_q_dkv")
+    return dataclasses.replace(blocks, **{name: max(128, getattr(blocks, name) // shrink) for name in queries})

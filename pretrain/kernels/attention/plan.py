@@ -43,27 +43,41 @@ class AttentionSpec:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["k_lo_BT", "q_hi_BS"], meta_fields=["causal", "window"]
+    jax.tree_util.register_dataclass,
+    data_fields=["k_lo_BT", "q_hi_BS", "work"],
+    meta_fields=["causal", "window"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackPlan:
     """Key and query ranges of a batch of rows, int32; positions are rows of the key sequence.
 
     k_lo_BT: first key that a query may see. q_hi_BS: last query that may see a key. Without `causal`, query t sees
-    keys [k_lo(t), q_hi(t)]: the relation is symmetric.
+    keys [k_lo(t), q_hi(t)]: the relation is symmetric. work: work lists made ahead (api.prepare_plan).
     """
 
     k_lo_BT: Array
     q_hi_BS: Array
+    work: tuple = ()
     causal: bool = True
     window: int | None = None
 
     def rows(self, q_offset: int | Array, num_queries: int) -> "PackPlan":
-        """The plan of the queries [q_offset, q_offset + num_queries) against all keys."""
+        """The plan of the queries [q_offset, q_offset + num_queries) against all keys; offsets may be [B]."""
         if isinstance(q_offset, int) and q_offset == 0 and num_queries == self.k_lo_BT.shape[1]:
             return self
-        k_lo_BT = lax.dynamic_slice_in_dim(self.k_lo_BT, q_offset, num_queries, axis=1)
-        return dataclasses.replace(self, k_lo_BT=k_lo_BT)
+        if jnp.ndim(q_offset) == 1:
+            take = jax.vmap(functools.partial(lax.dynamic_slice_in_dim, slice_size=num_queries))
+            k_lo_BS = jnp.broadcast_to(self.k_lo_BT, (q_offset.shape[0], self.k_lo_BT.shape[1]))
+            k_lo_BT = take(k_lo_BS, q_offset)
+        else:
+            k_lo_BT = lax.dynamic_slice_in_dim(self.k_lo_BT, q_offset, num_queries, axis=1)
+        return dataclasses.replace(self, k_lo_BT=k_lo_BT, work=())
+
+    def last_keys_BT(self, q_offset: int | Array) -> Array:
+        """Last key that each of the (local) queries may see."""
+        if not self.causal:
+            return lax.dynamic_slice_in_dim(self.q_hi_BS, q_offset, self.k_lo_BT.shape[1], axis=1)
+        return query_positions_BT(q_offset, *self.k_lo_BT.shape)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["lo", "full_lo", "full_hi", "hi"], meta_fields=[])
@@ -121,8 +135,17 @@ def make_plan(
         start_BS = jnp.maximum(start_BS, pos_BS - (window - 1))
         end_BS = jnp.minimum(end_BS, pos_BS + (window - 1))
     return PackPlan(
-        jnp.where(pad_BS, pos_BS, start_BS), jnp.where(pad_BS, pos_BS, end_BS), spec.causal, spec.window
+        jnp.where(pad_BS, pos_BS, start_BS),
+        jnp.where(pad_BS, pos_BS, end_BS),
+        causal=spec.causal,
+        window=spec.window,
     )
+
+
+def query_positions_BT(q_offset: int | Array, batch: int, num_queries: int) -> Int[Array, "B T"]:
+    """Rows of the queries among the keys, for one offset or one a batch row."""
+    offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
+    return offset_B[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None]
 
 
 def check_segments(segment_ids_BS: np.ndarray, *, pad_id: int | None = 0) -> None:
@@ -150,46 +173,62 @@ def block_bounds(
     """Block ranges for each query block (side "q": over key blocks) or key block (side "k": over query blocks).
 
     `plan` holds the local queries (`PackPlan.rows`); they sit at q_offset.. of the key sequence. T and S must be
-    multiples of the blocks. Causal plans only. Exact: no block is visited in vain (tests/../test_plan.py).
+    multiples of the blocks. Causal plans only. Exact: no block is visited in vain.
     """
     if not plan.causal:
         raise ConfigError("block bounds exist for causal plans only, got causal=False; use impl='xla'")
-    num_q, num_k = plan.k_lo_BT.shape[1] // block_q, plan.q_hi_BS.shape[1] // block_k
-    offset = jnp.asarray(q_offset, jnp.int32)
     if side == "q":
-        first = jnp.arange(num_q, dtype=jnp.int32)[None] * block_q + offset
-        k_lo = plan.k_lo_BT.reshape(plan.k_lo_BT.shape[0], num_q, block_q)
-        lo = k_lo.min(axis=-1) // block_k
-        hi = jnp.minimum((first + (block_q - 1)) // block_k + 1, num_k)
-        full_lo = -(-k_lo.max(axis=-1) // block_k)
-        full_hi = (first + 1) // block_k
-        limit = num_k
-    elif side == "k":
-        first = jnp.arange(num_k, dtype=jnp.int32)[None] * block_k
-        q_hi = plan.q_hi_BS.reshape(plan.q_hi_BS.shape[0], num_k, block_k)
-        lo = jnp.maximum(first - offset, 0) // block_q
-        hi = jnp.minimum((q_hi.max(axis=-1) - offset) // block_q + 1, num_q)
-        full_lo = -(-(first + (block_k - 1) - offset) // block_q)
-        full_hi = (q_hi.min(axis=-1) + 1 - offset) // block_q
-        limit = num_q
-    else:
+        q_pos_BT = query_positions_BT(q_offset, *plan.k_lo_BT.shape)
+        return bounds_of_queries(
+            q_pos_BT, plan.k_lo_BT, block_q=block_q, block_k=block_k, num_keys=plan.q_hi_BS.shape[1]
+        )
+    if side != "k":
         raise ConfigError(f"side must be 'q' or 'k', got {side!r}; see block_bounds")
-    lo = jnp.broadcast_to(jnp.clip(lo, 0, limit), hi.shape if lo.shape[0] == 1 else lo.shape)
-    hi = jnp.broadcast_to(jnp.clip(hi, lo, limit), lo.shape)
+    batch, num_keys = plan.q_hi_BS.shape
+    num_q, num_k = plan.k_lo_BT.shape[1] // block_q, num_keys // block_k
+    offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))[:, None]
+    first = jnp.arange(num_k, dtype=jnp.int32)[None] * block_k - offset
+    q_hi = plan.q_hi_BS.reshape(batch, num_k, block_k) - offset[:, :, None]
+    return _ordered(
+        lo=jnp.maximum(first, 0) // block_q,
+        full_lo=-(-(first + (block_k - 1)) // block_q),
+        full_hi=(q_hi.min(axis=2) + 1) // block_q,
+        hi=jnp.minimum(q_hi.max(axis=2) // block_q + 1, num_q),
+        limit=num_q,
+    )
+
+
+def bounds_of_queries(
+    q_pos_BT: Int[Array, "B T"], k_lo_BT: Int[Array, "B T"], *, block_q: int, block_k: int, num_keys: int
+) -> Bounds:
+    """Ranges of key blocks for blocks of queries at any positions (decoding folds heads into T)."""
+    batch, num_queries = k_lo_BT.shape
+    q_pos, k_lo = (x.reshape(batch, num_queries // block_q, block_q) for x in (q_pos_BT, k_lo_BT))
+    return _ordered(
+        lo=k_lo.min(axis=2) // block_k,
+        full_lo=-(-k_lo.max(axis=2) // block_k),
+        full_hi=(q_pos.min(axis=2) + 1) // block_k,
+        hi=q_pos.max(axis=2) // block_k + 1,
+        limit=num_keys // block_k,
+    )
+
+
+def _ordered(*, lo: Array, full_lo: Array, full_hi: Array, hi: Array, limit: int) -> Bounds:
+    lo = jnp.clip(lo, 0, limit)
+    hi = jnp.clip(hi, lo, limit)
     full_lo = jnp.clip(full_lo, lo, hi)
-    full_hi = jnp.clip(full_hi, full_lo, hi)
-    return Bounds(lo, full_lo, full_hi, hi)
+    return Bounds(lo, full_lo, jnp.clip(full_hi, full_lo, hi), hi)
 
 
 def allowed_BTS(plan: PackPlan, q_offset: int | Array, num_keys: int) -> Bool[Array, "B T S"]:
-    """The mask itself, for the dense path and the tests; O(B·T·S) booleans."""
-    q_pos_T = jnp.arange(plan.k_lo_BT.shape[1], dtype=jnp.int32) + jnp.asarray(q_offset, jnp.int32)
-    k_pos_S = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
-    if plan.causal:
-        last_BT = jnp.broadcast_to(q_pos_T[None], plan.k_lo_BT.shape)
-    else:
-        last_BT = lax.dynamic_slice_in_dim(plan.q_hi_BS, q_offset, plan.k_lo_BT.shape[1], axis=1)
-    return (k_pos_S >= plan.k_lo_BT[:, :, None]) & (k_pos_S <= last_BT[:, :, None])
+    """The mask itself, for the dense path and the tests; `plan` holds the local queries; O(B·T·S) booleans."""
+    return key_mask_BTS(plan.k_lo_BT, plan.last_keys_BT(q_offset), num_keys)
+
+
+def key_mask_BTS(first_BT: Int[Array, "B T"], last_BT: Int[Array, "B T"], num_keys: int) -> Bool[Array, "B T S"]:
+    """True from the first to the last key of each query."""
+    k_pos = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
+    return (k_pos >= first_BT[:, :, None]) & (k_pos <= last_BT[:, :, None])
 
 
 def visited_blocks(plan: PackPlan, *, block_q: int, block_k: int) -> Int[Array, " B"]:

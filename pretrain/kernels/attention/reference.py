@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pretrain.kernels.attention.plan import AttentionSpec, PackPlan
-
-# Large but finite: -inf - -inf is NaN. Every query sees at least one key, so its value never shows in a result.
-MASKED = -0.7 * 3.4028235e38
+from pretrain.kernels.attention.math import MASKED
+from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, allowed_BTS, key_mask_BTS
 
 # Rows up to this length go through one dense block; measured on two CPU cores, see the commit.
 DENSE_LIMIT = 2048
@@ -75,18 +73,18 @@ def xla_attention(
     if chunk is None:
         chunk = num_queries if num_queries <= DENSE_LIMIT else QUERY_CHUNK
     if chunk >= num_queries:
-        mask = _mask(plan.k_lo_BT, _last_key(plan, q_offset), num_keys)
+        mask = allowed_BTS(plan, q_offset, num_keys)
         return _dense(spec, q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
     # Only o and lse of a block survive to the backward pass, which forms the block's probabilities again.
     block = jax.checkpoint(functools.partial(_dense, spec))
-    last_BT = _last_key(plan, q_offset)
+    last_BT = plan.last_keys_BT(q_offset)
     num_blocks = -(-num_queries // chunk)
     if num_blocks <= MAX_UNROLLED:
         outputs, lses = [], []
         for start in range(0, num_queries, chunk):
             stop = min(start + chunk, num_queries)
             lo, hi = _static_keys(plan, q_offset, start, stop, num_keys)
-            mask = _mask(plan.k_lo_BT[:, start:stop] - lo, last_BT[:, start:stop] - lo, hi - lo)
+            mask = key_mask_BTS(plan.k_lo_BT[:, start:stop] - lo, last_BT[:, start:stop] - lo, hi - lo)
             o, lse = block(q_BTNH[:, start:stop], k_BSKH[:, lo:hi], v_BSKH[:, lo:hi], mask, sinks_N)
             outputs.append(o)
             lses.append(lse)
@@ -98,7 +96,7 @@ def xla_attention(
         _blocks(jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode="edge"), chunk)
         for x in (q_BTNH, plan.k_lo_BT, last_BT)
     )
-    o, lse = lax.map(lambda x: block(x[0], k_BSKH, v_BSKH, _mask(x[1], x[2], num_keys), sinks_N), (q, k_lo, last))
+    o, lse = lax.map(lambda x: block(x[0], k_BSKH, v_BSKH, key_mask_BTS(x[1], x[2], num_keys), sinks_N), (q, k_lo, last))
     o = jnp.moveaxis(o, 0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])
     lse = jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], -1)
     return o[:, :num_queries], lse[:, :, :num_queries]
@@ -116,19 +114,6 @@ def _static_keys(plan: PackPlan, q_offset: int | Array, start: int, stop: int, n
     if plan.causal:
         return lo, min(num_keys, q_offset + stop)
     return lo, num_keys if plan.window is None else min(num_keys, q_offset + stop - 1 + plan.window)
-
-
-def _last_key(plan: PackPlan, q_offset: int | Array) -> Array:
-    batch, num_queries = plan.k_lo_BT.shape
-    if not plan.causal:
-        return lax.dynamic_slice_in_dim(plan.q_hi_BS, q_offset, num_queries, axis=1)
-    offset_B1 = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))[:, None]
-    return jnp.arange(num_queries, dtype=jnp.int32)[None] + offset_B1
-
-
-def _mask(first_BT: Array, last_BT: Array, num_keys: int) -> Bool[Array, "B T S"]:
-    k_pos = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
-    return (k_pos >= first_BT[:, :, None]) & (k_pos <= last_BT[:, :, None])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -21,8 +21,11 @@ from jaxtyping import Array, Float
 from pretrain.kernels.attention import worklist
 from pretrain.kernels.attention.configs import TpuBlocks
 from pretrain.kernels.attention.math import LN2, LOG2E, MASKED, logits_base2, score_gradient, visible
-from pretrain.kernels.attention.plan import AttentionSpec, PackPlan
+from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, bounds_of_queries, query_positions_BT
 from pretrain.kernels.attention.worklist import WorkList
+
+
+LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class _Static:
 
     scale: float
     softcap: float | None
-    blocks: TpuBlocks
+    slice_k: int
     interpret: object
     count: bool = False
 
@@ -56,19 +59,55 @@ def tpu_attention(
     batch, time, heads, width = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     scale = width**-0.5 if spec.scale is None else spec.scale
-    static = _Static(scale, spec.softcap, blocks, interpret)
+    static = _Static(scale, spec.softcap, blocks.slice_k, interpret)
     q = jnp.swapaxes(q_BTNH, 1, 2).reshape(batch, kv_heads, heads // kv_heads, time, width)
     k, v = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    rows = (_positions(q_offset, batch, time), plan.k_lo_BT.reshape(batch, 1, time))
+    rows = (query_positions_BT(q_offset, batch, time)[:, None], plan.k_lo_BT[:, None])
     sinks = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(kv_heads, -1)
     o, lse2 = _attention(static, q, k, v, sinks, rows, work)
     o_BTNH = jnp.swapaxes(o.reshape(batch, heads, time, width), 1, 2)
     return o_BTNH, lse2.reshape(batch, heads, time) * LN2
 
 
-def _positions(q_offset: int | Array, batch: int, time: int) -> Array:
-    offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
-    return (offset[:, None] + jnp.arange(time, dtype=jnp.int32)[None]).reshape(batch, 1, time)
+def tpu_decode(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    plan: PackPlan,
+    sinks_N: Float[Array, " N"] | None,
+    spec: AttentionSpec,
+    *,
+    block_k: int,
+    slice_k: int,
+    q_offset: int | Array,
+    interpret: object = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """The forward kernel for a few queries against a long cache: the queries of all heads of a group share one tile.
+
+    S is a multiple of block_k. Keys behind a row's own offset are never fetched. No gradient.
+    """
+    batch, time, heads, width = q_BTNH.shape
+    num_keys, kv_heads = k_BSKH.shape[1:3]
+    group = heads // kv_heads
+    columns = -(-group * time // LANES) * LANES
+    # Columns of padding repeat the last one, so that they widen no range.
+    column = jnp.minimum(jnp.arange(columns), group * time - 1)
+    fold = lambda x_BT: jnp.tile(x_BT, (1, group))[:, column]
+    q_pos, k_lo = fold(query_positions_BT(q_offset, batch, time)), fold(plan.k_lo_BT)
+    bounds = bounds_of_queries(q_pos, k_lo, block_q=columns, block_k=block_k, num_keys=num_keys)
+    work = worklist.list_of(bounds, batch * (num_keys // block_k), side="q", block_q=columns, block_k=block_k)
+    q = q_BTNH.reshape(batch, time, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, 1, group * time, width)[:, :, :, column]
+    k, v = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    sinks = None
+    if sinks_N is not None:
+        sinks = jnp.repeat(sinks_N.astype(jnp.float32).reshape(kv_heads, group), time, axis=1)[:, column]
+    scale = width**-0.5 if spec.scale is None else spec.scale
+    static = _Static(scale, spec.softcap, slice_k, interpret)
+    o, lse2 = _forward(static, q, k, v, sinks, (q_pos[:, None], k_lo[:, None]), (work,))[:2]
+    o = o[:, :, 0, : group * time].reshape(batch, kv_heads, group, time, width)
+    o_BTNH = o.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
+    return o_BTNH, lse2[:, :, 0, : group * time].reshape(batch, heads, time) * LN2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -106,12 +145,12 @@ def _unpack(word, bits: int):
 
 
 def _step(outer_ref, inner_ref):
-    """(key-value head, outer block, inner block, flags) of the current step."""
+    """(outer block, inner block, flags) of the current step."""
     # Here and not inside a pl.when: the interpreter knows no program_id there.
-    head, step = pl.program_id(0), pl.program_id(1)
+    step = pl.program_id(1)
     _, outer = _unpack(outer_ref[step], worklist.OUTER_BITS)
     inner, flags = _unpack(inner_ref[step], worklist.FLAG_BITS)
-    return head, outer, inner, flags
+    return outer, inner, flags
 
 
 def _when(flags, bit: int):
@@ -142,7 +181,7 @@ def _logits(static: _Static, q_XH, k_CH, first_key, q_pos, k_lo, masked: bool):
 
 def _each_slice(static: _Static, block_k: int, flags, body) -> None:
     """Calls body(slice start, masked) for the slices of a block: one copy of the code with a mask, one without."""
-    size = min(static.blocks.slice_k, block_k)
+    size = min(static.slice_k, block_k)
 
     def run(masked: bool) -> None:
         def one(c, _):
@@ -208,7 +247,13 @@ class _Specs:
         self.vectors = pl.BlockSpec((None, None, group, work.block_q), vectors)
         self.ranges = pl.BlockSpec((None, 1, work.block_q), ranges)
         self.keys = pl.BlockSpec((None, None, work.block_k, width), keys)
-        self.sinks = pl.BlockSpec(memory_space=pltpu.SMEM)
+        self.sinks = pl.BlockSpec((None, group, work.block_q), lambda head, step, *refs: (head, 0, 0))
+
+
+def _like(x, shape=None, dtype=None):
+    """An output shaped like x, varying over the same mesh axes as x inside shard_map."""
+    varying = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, manual_axis_type=varying)
 
 
 def _call(static: _Static, kernel, work: WorkList, kv_heads: int, in_specs, out_specs, out_shape, scratch, name):
@@ -220,7 +265,7 @@ def _call(static: _Static, kernel, work: WorkList, kv_heads: int, in_specs, out_
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(kv_heads, work.num_steps),
+            grid=(kv_heads, work.num_steps[0]),
             in_specs=in_specs,
             out_specs=out_specs,
             scratch_shapes=scratch,
@@ -244,7 +289,7 @@ def _forward_kernel(static: _Static, group: int, has_sinks: bool, *refs):
     o_ref, lse_ref, *refs = refs
     count_ref, refs = (refs[0], refs[1:]) if static.count else (None, refs)
     m_ref, l_ref, acc_ref = refs
-    head, _, block, flags = _step(outer_ref, inner_ref)
+    _, block, flags = _step(outer_ref, inner_ref)
     block_k, block_q = k_ref.shape[0], q_pos_ref.shape[1]
     _count(count_ref, flags)
 
@@ -254,9 +299,7 @@ def _forward_kernel(static: _Static, group: int, has_sinks: bool, *refs):
             m_ref[...] = jnp.full(m_ref.shape, MASKED, jnp.float32)
             l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
         else:
-            for g in range(group):
-                sink = sinks_ref[head, g] * LOG2E
-                m_ref[:, g * block_q : (g + 1) * block_q] = jnp.full((1, block_q), sink, jnp.float32)
+            m_ref[...] = _columns(sinks_ref, group) * LOG2E
             l_ref[...] = jnp.ones(l_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
@@ -295,8 +338,9 @@ def _forward(static: _Static, q, k, v, sinks, rows, work):
     in_specs = [specs.ranges, specs.ranges, specs.queries, specs.keys, specs.keys]
     operands = [*rows, q, k, v]
     if sinks is not None:
+        # One column a query, like every other row vector: scalar memory would need a loop over heads.
         in_specs.append(specs.sinks)
-        operands.append(sinks)
+        operands.append(jnp.broadcast_to(sinks.reshape(kv_heads, group, -1), (kv_heads, group, work.block_q)))
     return _call(
         static,
         functools.partial(_forward_kernel, static, group, sinks is not None),
@@ -305,8 +349,8 @@ def _forward(static: _Static, q, k, v, sinks, rows, work):
         in_specs,
         [specs.queries, specs.vectors],
         [
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, group, time), jnp.float32),
+            _like(q),
+            _like(q, (batch, kv_heads, group, time), jnp.float32),
         ],
         [
             pltpu.VMEM((1, columns), jnp.float32),
@@ -331,7 +375,7 @@ def _backward_q_kernel(static: _Static, group: int, *refs):
     outer_ref, inner_ref, q_pos_ref, k_lo_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, *refs = refs
     count_ref, refs = (refs[0], refs[1:]) if static.count else (None, refs)
     (acc_ref,) = refs
-    _, _, block, flags = _step(outer_ref, inner_ref)
+    _, block, flags = _step(outer_ref, inner_ref)
     block_k, columns = k_ref.shape[0], acc_ref.shape[1]
     _count(count_ref, flags)
 
@@ -369,7 +413,7 @@ def _backward_q(static: _Static, q, k, v, do, lse2, delta, rows, work: WorkList)
             *[specs.vectors, specs.vectors],
         ],
         [specs.queries],
-        [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        [_like(q)],
         [pltpu.VMEM((width, group * work.block_q), jnp.float32)],
         "attention_backward_q",
     )(work.outer, work.inner, *rows, q, k, v, do, lse2, delta)
@@ -381,7 +425,7 @@ def _backward_kv_kernel(static: _Static, group: int, *refs):
     dk_ref, dv_ref, *refs = refs
     count_ref, refs = (refs[0], refs[1:]) if static.count else (None, refs)
     dk_acc_ref, dv_acc_ref = refs
-    _, block, _, flags = _step(outer_ref, inner_ref)
+    block, _, flags = _step(outer_ref, inner_ref)
     block_k, columns = k_ref.shape[0], group * q_pos_ref.shape[1]
     _count(count_ref, flags)
 
@@ -423,7 +467,7 @@ def _backward_kv(static: _Static, q, k, v, do, lse2, delta, rows, work: WorkList
             *[specs.vectors, specs.vectors],
         ],
         [specs.keys, specs.keys],
-        [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        [_like(k), _like(v)],
         [accumulator, accumulator],
         "attention_backward_kv",
     )(work.outer, work.inner, *rows, q, k, v, do, lse2, delta)
@@ -438,10 +482,10 @@ def visited_blocks(
     batch, time, heads, width = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     scale = width**-0.5 if spec.scale is None else spec.scale
-    static = _Static(scale, spec.softcap, blocks, interpret, count=True)
+    static = _Static(scale, spec.softcap, blocks.slice_k, interpret, count=True)
     q = jnp.swapaxes(q_BTNH, 1, 2).reshape(batch, kv_heads, heads // kv_heads, time, width)
     k, v = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    rows = (_positions(0, batch, time), plan.k_lo_BT.reshape(batch, 1, time))
+    rows = (query_positions_BT(0, batch, time)[:, None], plan.k_lo_BT[:, None])
     o, lse2, forward = _forward(static, q, k, v, None, rows, work)
     _, backward_q = _backward_q(static, q, k, v, o, lse2, lse2, rows, work[1])
     _, _, backward_kv = _backward_kv(static, q, k, v, o, lse2, lse2, rows, work[2])

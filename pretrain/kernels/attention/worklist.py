@@ -29,11 +29,14 @@ MAX_TABLE_BYTES = 512 * 1024
 )
 @dataclasses.dataclass(frozen=True)
 class WorkList:
-    """Steps in order: outer = batch row << 16 | outer block, inner = inner block << 4 | flags; int32 [max steps]."""
+    """Steps in order: outer = batch row << 16 | outer block, inner = inner block << 4 | flags; int32 [max steps].
+
+    num_steps has shape [1], so that the lists of several shards concatenate.
+    """
 
     outer: Int[Array, " steps"]
     inner: Int[Array, " steps"]
-    num_steps: Int[Array, ""]
+    num_steps: Int[Array, " one"]
     side: str
     block_q: int
     block_k: int
@@ -42,26 +45,28 @@ class WorkList:
 def work_list(plan: PackPlan, *, side: str, block_q: int, block_k: int, q_offset: int | Array = 0) -> WorkList:
     """The work list of one kernel. `plan` holds the local queries; see `block_bounds`."""
     bounds = block_bounds(plan, block_q=block_q, block_k=block_k, side=side, q_offset=q_offset)
-    outer, inner, num_steps = _steps(bounds, _max_steps(plan, side, block_q, block_k, q_offset))
+    limit = max_steps(*plan.k_lo_BT.shape, plan.q_hi_BS.shape[1], side, block_q, block_k, q_offset)
+    return list_of(bounds, limit, side=side, block_q=block_q, block_k=block_k)
+
+
+def list_of(bounds: Bounds, limit: int, *, side: str, block_q: int, block_k: int) -> WorkList:
+    """The work list of given bounds; `limit` is the length of its tables."""
+    outer, inner, num_steps = _steps(bounds, limit)
     return WorkList(outer, inner, num_steps, side, block_q, block_k)
 
 
-def _max_steps(plan: PackPlan, side: str, block_q: int, block_k: int, q_offset: int | Array) -> int:
+def max_steps(
+    batch: int, num_queries: int, num_keys: int, side: str, block_q: int, block_k: int, q_offset: int | Array
+) -> int:
     """The longest list any packing can give: what a single causal document visits, or everything."""
-    batch, num_queries = plan.k_lo_BT.shape
-    num_q, num_k = num_queries // block_q, plan.q_hi_BS.shape[1] // block_k
+    num_q, num_k = num_queries // block_q, num_keys // block_k
     if not isinstance(q_offset, int):
         return batch * num_q * num_k
     if side == "q":
-        rows = [min((q_offset + (i + 1) * block_q - 1) // block_k + 1, num_k) for i in range(num_q)]
+        steps = [min((q_offset + (i + 1) * block_q - 1) // block_k + 1, num_k) for i in range(num_q)]
     else:
-        rows = [max(num_q - max(j * block_k - q_offset, 0) // block_q, 1) for j in range(num_k)]
-    return batch * sum(rows)
-
-
-def table_bytes(plan: PackPlan, *, side: str, block_q: int, block_k: int, q_offset: int | Array) -> int:
-    """Scalar memory that the list takes."""
-    return 8 * _max_steps(plan, side, block_q, block_k, q_offset)
+        steps = [max(num_q - max(j * block_k - q_offset, 0) // block_q, 1) for j in range(num_k)]
+    return batch * sum(steps)
 
 
 def _steps(bounds: Bounds, max_steps: int) -> tuple[Array, Array, Array]:
@@ -84,4 +89,4 @@ def _steps(bounds: Bounds, max_steps: int) -> tuple[Array, Array, Array]:
     # The block of a flush-only step may lie one past the end: it is fetched, never read.
     block = jnp.maximum(jnp.minimum(block, hi[row] - 1), 0)
     outer = ((row // num_outer) << OUTER_BITS) | (row % num_outer)
-    return outer.astype(jnp.int32), ((block << FLAG_BITS) | flags).astype(jnp.int32), ends[-1].astype(jnp.int32)
+    return outer.astype(jnp.int32), ((block << FLAG_BITS) | flags).astype(jnp.int32), ends[-1:].astype(jnp.int32)

@@ -1,0 +1,409 @@
+"""The one training loop: a batch source, a loss and a state, from the config to the summary.
+
+Pretraining, continued pretraining and tuning differ in their config only. `train` reads from top to bottom:
+data, state (fresh, initialized from another run, or resumed), then for every step: batch, step, and what is due
+after it. State is a local variable; whatever a killed run needs is in its last checkpoint, and the batch of a
+step is a pure function of the config, the tables and the step.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from pretrain import config as config_lib
+from pretrain import flops
+from pretrain.checkpoint import Checkpointer, CheckpointPolicy, params_sha256, read_item, restore_params
+from pretrain.config import ConfigError, local
+from pretrain.data.batch import Batch
+from pretrain.data.loader import RowBatches
+from pretrain.data.tables import DataConfig, PreparedData, prepare_tables
+from pretrain.evals.baselines import baseline_bits_per_byte
+from pretrain.evals.perplexity import HeldoutScore, heldout_score
+from pretrain.generate import SampleConfig, sample_texts
+from pretrain.health import REASONS, HealthConfig, Ledger, StopSignal, TooManySkips, Watchdog, tree_fingerprint
+from pretrain.loss import LossConfig
+from pretrain.metrics import GoodputClock, ProgressView, TensorBoardConfig, Writers, open_progress, open_writers, read_metrics
+from pretrain.model.transformer import ModelConfig, abstract_params
+from pretrain.optim import OptimConfig, make_optimizer
+from pretrain.plots import draw_loss
+from pretrain.rundir import RunDir, write_atomic, write_json_atomic
+from pretrain.sharding import MeshConfig, make_mesh
+from pretrain.step import TrainState, abstract_state, init_state, language_model_loss, make_eval_step, make_train_step
+
+EXIT_PREEMPTED = 75
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, where, and how often to look."""
+
+    num_steps: int
+    seed: int = 0
+    num_microbatches: int = 1
+    workdir: str = local("runs")
+    stop_step: int | None = local(None)
+    log_every_steps: int = local(10)
+    eval_every_steps: int | None = local(None)
+    writers: tuple[Any, ...] = local((TensorBoardConfig(),))
+
+    def __post_init__(self):
+        faults = []
+        for name in ("num_steps", "num_microbatches", "log_every_steps"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("stop_step", "eval_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"{name} must be at least 1 or none, got {value}")
+        if faults:
+            raise ValueError("\n".join(faults))
+
+    @property
+    def last_step(self) -> int:
+        """Where this call ends: stop_step, or the end of the schedule."""
+        return self.num_steps if self.stop_step is None else min(self.stop_step, self.num_steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run; fields declared local may change when it resumes, the others are its identity."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+    loss: LossConfig = LossConfig()
+    health: HealthConfig = HealthConfig()
+    init: str = ""  # a checkpoint folder whose parameters this run starts from
+    mesh: MeshConfig = local(MeshConfig())
+    checkpoint: CheckpointPolicy = local(CheckpointPolicy())
+    sample: SampleConfig = local(SampleConfig())
+
+
+class BatchSource(Protocol):
+    """Where batches come from: rows of tables here, scored samples in reinforcement learning."""
+
+    def next(self, step: int, params: Any) -> Batch: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    folder: Path
+    steps: int
+    exit_code: int
+    summary: dict[str, Any]
+
+
+def run_dir(config: TrainConfig, name: str) -> RunDir:
+    """`<workdir>/<name>/<fingerprint8>`: the same identity is the same run."""
+    return RunDir(Path(config.run.workdir) / name / config_lib.fingerprint(config)[:8])
+
+
+def train(config: TrainConfig, *, name: str) -> TrainResult:
+    """Train to `run.stop_step` (or the end), resuming when the run folder holds a checkpoint.
+
+    Raises:
+      ConfigError: bad input, refused storage, or a checkpoint of another config.
+      AllCheckpointsBad, TooManySkips: see their exit codes.
+    """
+    run = run_dir(config, name)
+    last_step = config.run.last_step
+    done = _finished(run, last_step)
+    if done is not None:
+        print(f"nothing to do: {run.root} has reached step {done['steps']} of {config.run.num_steps}")
+        print(_closing_lines(done))
+        if last_step < config.run.num_steps:
+            print(f"raise run.stop_step above {done['steps']} to go on")
+        return TrainResult(folder=run.root, steps=done["steps"], exit_code=0, summary=done)
+
+    mesh = make_mesh(config.mesh)
+    with ExitStack() as stack:
+        data = prepare_tables(config.data, Path(config.run.workdir), config.run.seed)
+        run.create()
+        stack.enter_context(run.lock())
+        config_json = config_lib.to_json(config)
+        write_json_atomic(run.config_json, config_json)
+        checkpointer = Checkpointer(run.checkpoints, config_json, data.fingerprint, config.checkpoint)
+        stack.callback(checkpointer.close)
+
+        vocab_size = data.tokenizer.vocab_size
+        optimizer = make_optimizer(
+            config.optim, config.run.num_steps, abstract_params(config.model, vocab_size), config.model
+        )
+        restored = checkpointer.restore_latest(abstract_state(config.model, vocab_size, optimizer, mesh, config.health))
+        if restored is not None:
+            state, start_step, ledger = restored
+            seconds = read_item(run.checkpoints / str(start_step), "meta")["goodput_s"]
+            print(f"resuming {run.root} from the checkpoint of step {start_step}")
+        else:
+            params = restore_params(config.init, abstract_params(config.model, vocab_size)) if config.init else None
+            state = init_state(config.model, vocab_size, optimizer, config.run.seed, mesh, config.health, params)
+            start_step, ledger, seconds = 0, Ledger(), {}
+            print(f"starting {run.root}")
+        loop = _Loop(config, run, data, mesh, optimizer, checkpointer, ledger, start_step, GoodputClock(seconds))
+        stack.callback(loop.writers.close)
+        return loop.run_to(last_step, state)
+
+
+class _Loop:
+    """The steps of one process and what is due after them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunDir,
+        data: PreparedData,
+        mesh: jax.sharding.Mesh,
+        optimizer: Any,
+        checkpointer: Checkpointer,
+        ledger: Ledger,
+        start_step: int,
+        clock: GoodputClock,
+    ):
+        self.config, self.run, self.data, self.mesh = config, run, data, mesh
+        self.checkpointer, self.ledger, self.start_step, self.clock = checkpointer, ledger, start_step, clock
+        loss = language_model_loss(config.model, config.loss, len(data.labels))
+        self.train_step = make_train_step(
+            loss,
+            optimizer,
+            mesh=mesh,
+            num_microbatches=config.run.num_microbatches,
+            health=config.health,
+            learning_rate=lambda step: config.optim.learning_rate(step, config.run.num_steps),
+        )
+        self.eval_step = make_eval_step(loss, mesh=mesh)
+        self.batches = RowBatches(data, config.data, num_steps=config.run.num_steps, seed=config.run.seed, mesh=mesh)
+        self.writers, _ = open_writers(
+            run.root, config.run.writers, config_json=config_lib.to_json(config), resume_step=start_step
+        )
+        self.tokens_per_step = config.data.batch_rows * config.data.row_length
+        self.peak_flops, self.peak_flops_source = _peak_flops(config.model)
+        self._logged = (start_step, self._busy_s())
+
+    def run_to(self, last_step: int, state: TrainState) -> TrainResult:
+        """Train until `last_step`, a signal, or too many skipped steps."""
+        score = None
+        step = self.start_step
+        with (
+            StopSignal() as signal,
+            Watchdog(report=self.run.root / "hang.txt") as watchdog,
+            open_progress(num_steps=self.config.run.num_steps, start_step=step) as progress,
+        ):
+            pending: dict[str, Any] | None = None
+            while step < last_step and not signal.requested_anywhere():
+                with self.clock.phase("data_wait"):
+                    batch = self.batches.next(step, state.params)
+                with self.clock.phase("step" if step > self.start_step else "compile"):
+                    state, metrics = self.train_step(state, batch)
+                    # Read the metrics of the step before while this one runs: the device never waits for the host.
+                    if pending is not None:
+                        self._record(step, pending, progress)
+                pending = metrics
+                step += 1
+                watchdog.beat(step)
+                evaluate = step == last_step or _every(self.config.run.eval_every_steps, step)
+                save = step == last_step or self.checkpointer.due(step)
+                if evaluate or save:
+                    self._record(step, pending, progress)
+                    pending = None
+                if evaluate:
+                    with watchdog.patience(3600):
+                        score = self._evaluate(step, state, progress)
+                if save:
+                    self._save(step, state)
+                self.checkpointer.poll()
+            if pending is not None:
+                self._record(step, pending, progress)
+            with watchdog.patience(3600):
+                self._save(step, state)
+                self.checkpointer.wait()
+            if step < last_step:
+                progress.say(f"{signal.received}: saved at step {step}; the same command goes on from here")
+                return TrainResult(folder=self.run.root, steps=step, exit_code=EXIT_PREEMPTED, summary={})
+            with watchdog.patience(3600):
+                score = score or self._evaluate(step, state, progress)
+                summary = self._finish(step, state, score)
+        print(_closing_lines(summary))
+        return TrainResult(folder=self.run.root, steps=step, exit_code=0, summary=summary)
+
+    def _record(self, step: int, metrics: Mapping[str, Any], progress: ProgressView) -> None:
+        """Bring the metrics of finished step `step` to the host: ledger, line, progress."""
+        values = jax.device_get(metrics)
+        if not values["ok"]:
+            entry = self.ledger.skip(
+                step, loss=values["loss"], grad_norm=values["grad_norm"], reason=REASONS[int(values["reason"])]
+            )
+            progress.say(f"step {step} skipped: {entry['reason']}")
+            if values["consecutive_skips"] >= self.config.health.max_consecutive_skips:
+                raise TooManySkips(
+                    f"at most {self.config.health.max_consecutive_skips} steps may be skipped in a row; step {step} is one "
+                    f"more ({entry['reason']}, loss {values['loss']}); look at the rows in its ledger lines, or lower optim.peak_lr"
+                )
+        if step % self.config.run.log_every_steps and step != self.config.run.last_step:
+            return
+        logged_step, logged_s = self._logged
+        busy_s = self._busy_s()
+        rate = (step - logged_step) * self.tokens_per_step / max(busy_s - logged_s, 1e-9)
+        self._logged = (step, busy_s)
+        by_source = {
+            label: float(nll / weight)
+            for label, nll, weight in zip(self.data.labels, values["nll_by_source"], values["weight_by_source"], strict=True)
+            if weight > 0
+        }
+        line = {
+            "loss": float(values["loss"]),
+            "loss_by_source": by_source,
+            "grad_norm": float(values["grad_norm"]),
+            "learning_rate": float(values["learning_rate"]),
+            "skipped": int(values["skipped"]),
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": rate,
+            "mfu": self._mfu(rate),
+            "seconds": self.clock.total_s(),
+        }
+        self.writers.write(step, "train", line)
+        progress.update(step, loss=line["loss"], tokens_per_second=rate)
+
+    def _mfu(self, tokens_per_second: float) -> float:
+        return flops.mfu(
+            self.config.model,
+            self.data.tokenizer.vocab_size,
+            self.config.data.row_length,
+            tokens_per_second=tokens_per_second,
+            peak_flops=self.peak_flops,
+        )
+
+    def _busy_s(self) -> float:
+        """Seconds in steps and in waiting for rows: what throughput is measured over."""
+        seconds = self.clock.seconds()
+        return seconds["step"] + seconds["data_wait"] + seconds["compile"]
+
+    def _evaluate(self, step: int, state: TrainState, progress: ProgressView) -> HeldoutScore:
+        """Held-out bits per byte and a few samples, written and shown."""
+        with self.clock.phase("evaluation"):
+            score = heldout_score(
+                self.eval_step,
+                state.params,
+                self.batches.heldout(),
+                heldout_bytes=self.data.heldout_bytes,
+                labels=self.data.labels,
+            )
+        with self.clock.phase("sampling"):
+            texts = sample_texts(state.params, self.config.model, self.data.tokenizer, self.config.sample)
+        values = {
+            "bits_per_byte": score.bits_per_byte,
+            "bits_per_byte_by_source": score.bits_per_byte_by_source,
+            "nats_per_token": score.nats_per_token,
+            "params_fingerprint": tree_fingerprint(state.params),
+            "samples": {str(i): text for i, text in enumerate(texts)},
+        }
+        self.writers.write(step, "eval", values)
+        progress.say(f"step {step}: {score.bits_per_byte:.4f} bits per byte on held-out text")
+        return score
+
+    def _save(self, step: int, state: TrainState) -> None:
+        with self.clock.phase("checkpoint_block"):
+            self.writers.flush()
+            extras = {"ledger": self.ledger, "meta": {"goodput_s": self.clock.seconds()}}
+            self.checkpointer.save(state, step, extras)
+
+    def _finish(self, step: int, state: TrainState, score: HeldoutScore) -> dict[str, Any]:
+        """Write summary, picture and samples."""
+        records = read_metrics(self.run.metrics_jsonl)
+        rates = [r["tokens_per_second"] for r in records if r["kind"] == "train"]
+        rate = statistics.median(rates)
+        seconds = self.clock.seconds()
+        baselines = self._baselines()
+        summary = {
+            "val_bits_per_byte": score.bits_per_byte,
+            "val_bits_per_byte_by_source": score.bits_per_byte_by_source,
+            "baseline_bits_per_byte": {kind: values["overall"] for kind, values in baselines.items()},
+            "baseline_bits_per_byte_by_source": baselines,
+            "val_bytes": sum(self.data.heldout_bytes.values()),
+            "train_tokens": step * self.tokens_per_step,
+            "steps": step,
+            "num_steps": self.config.run.num_steps,
+            "params": flops.params_count(self.config.model, self.data.tokenizer.vocab_size).total,
+            "params_sha256": params_sha256(state.params),
+            "tokens_per_second": rate,
+            "mfu": self._mfu(rate),
+            "peak_flops": self.peak_flops,
+            "peak_flops_source": self.peak_flops_source,
+            "seconds": sum(seconds.values()),
+            "seconds_by_phase": seconds,
+            "skipped_steps": len(self.ledger.skipped_steps),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "data": self.data.report,
+        }
+        write_atomic(self.run.samples_txt, _samples_text(records))
+        write_json_atomic(self.run.summary_json, summary)
+        draw_loss(self.run.root)
+        return summary
+
+    def _baselines(self) -> dict[str, dict[str, float]]:
+        """Baselines on the same held-out bytes; they depend on the data only and are computed once."""
+        path = self.run.root / "baselines.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        with self.clock.phase("evaluation"):
+            found = baseline_bits_per_byte(
+                self.data.train_rows(),
+                self.data.heldout_rows(),
+                self.data.heldout_texts(),
+                vocab_size=self.data.tokenizer.vocab_size,
+                labels=self.data.labels,
+            )
+        write_json_atomic(path, found)
+        return found
+
+
+def _peak_flops(model: ModelConfig) -> tuple[float, str]:
+    """FLOP/s of all devices together, and where the figure comes from."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return flops.measured_matmul_flops(dtype=model.dtype), f"measured 1024x1024 {model.dtype} matmul"
+    return flops.peak_flops(device.device_kind) * jax.device_count(), "data sheet, bfloat16"
+
+
+def _every(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _finished(run: RunDir, last_step: int) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do before `last_step`."""
+    if not run.summary_json.exists():
+        return None
+    summary = json.loads(run.summary_json.read_text())
+    return summary if summary["steps"] >= last_step else None
+
+
+def _samples_text(records: Iterable[Mapping[str, Any]]) -> str:
+    parts = []
+    for record in records:
+        if record["kind"] == "eval":
+            for text in record["samples"].values():
+                parts.append(f"--- step {record['step']} ---\n{text}\n")
+    return "\n".join(parts)
+
+
+def _closing_lines(summary: Mapping[str, Any]) -> str:
+    """The score beside the baselines on the same bytes, best first."""
+    scores = {"model": summary["val_bits_per_byte"], **summary["baseline_bits_per_byte"]}
+    names = {
+        "model": f"this model, {summary['params']:,} parameters, step {summary['steps']}",
+        "unigram": "unigram, same tokens",
+        "bigram": "interpolated bigram, same tokens",
+        "xz": "xz -9e, same bytes",
+    }
+    lines = [f"held-out bits per byte, {summary['val_bytes']:,} bytes"]
+    lines += [f"  {value:7.4f}  {names[key]}" for key, value in sorted(scores.items(), key=lambda item: item[1])]
+    return "\n".join(lines)

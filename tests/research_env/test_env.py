@@ -1,0 +1,177 @@
+"""Laws of the environment on the planted task: one status a program, one run a tree, nothing lost, nothing forged."""
+
+import pytest
+
+from pretrain.config import ConfigError
+from research_env.env import AIResearchEnv
+from research_env.ledger import Ledger
+from research_env.records import Resource, Result, Status
+from research_env.sandbox.ladder import SandboxConfig, probe
+from research_env.sandbox.run import scratch_root
+from research_env.schedule import Budget, Devices, OutOfBudget
+from research_env.search.researcher import Researcher
+from research_env.task import open_task, read_task
+
+BETTER = "--- a/settings.py\n+++ b/settings.py\n@@ -5 +5 @@\n-WIDTH = 64\n+WIDTH = 128\n"
+
+
+@pytest.fixture(scope="module")
+def isolation():
+    """The best level of this host, probed once."""
+    for level in ("bwrap", "unshare", "landlock"):
+        found = probe(level)
+        if found.is_held:
+            return found
+    pytest.skip("no level of isolation holds on this host: " + str(found.checks))
+
+
+@pytest.fixture
+def env(tmp_path, isolation):
+    with AIResearchEnv(codebase="planted", workdir=tmp_path / "run", sandbox=isolation) as env:
+        yield env
+
+
+def test_the_baseline_has_a_metric_and_costs_one_run(env):
+    first, second = env.value(""), env.value("")
+    assert first.status is Status.OK
+    assert first.extra["true_loss"] == 3.0
+    assert (first.metric, first.cache_hit, second.metric, second.cache_hit) == (
+        second.metric,
+        False,
+        first.metric,
+        True,
+    )
+    assert env.ledger.spent()["runs"] == 1
+
+
+def test_a_planted_improvement_is_seen_and_equal_trees_run_once(env):
+    results = env.value_many([BETTER, BETTER.replace("@@ -5 +5 @@", "@@ -4,2 +4,2 @@\n DECAY = 0.01"), ""])
+    assert results[0].extra["true_loss"] == pytest.approx(2.92)
+    assert results[1].metric == results[0].metric
+    assert [result.cache_hit for result in results] == [False, True, False]
+
+
+def test_the_thesis_loop_in_ten_lines(env):
+    researcher = Researcher(env, seed=0)
+    for _ in range(4):
+        idea = researcher.ideator(env.context())
+        diff = researcher.executor(idea)
+        value = env.value(diff)
+        researcher.learn(idea, diff, value)
+    assert researcher.best is not None
+    assert len(env.context().history) == 4
+
+
+def test_bad_diffs_are_results_with_a_reason(env):
+    results = env.value_many(
+        [
+            "no diff",
+            BETTER.replace("64", "65"),
+            BETTER.replace("settings.py", "run.sh"),
+            BETTER.replace("128", "("),
+        ]
+    )
+    assert [result.status for result in results] == [
+        Status.PATCH_REJECTED, Status.PATCH_FAILED, Status.PATCH_REJECTED, Status.BUILD_FAILED,
+    ]  # fmt: skip
+    assert all(result.reason and result.metric is None for result in results)
+
+
+def test_a_budget_is_checked_before_the_spend(tmp_path, isolation):
+    with AIResearchEnv(
+        codebase="planted", workdir=tmp_path / "run", sandbox=isolation, budget=Budget(max_runs=1)
+    ) as env:
+        env.value("")
+        env.value("")
+        with pytest.raises(OutOfBudget, match="max_runs=1"):
+            env.value(BETTER)
+        assert env.ledger.spent()["runs"] == 1
+
+
+def test_a_second_supervisor_is_refused_and_a_restart_finds_the_rows(tmp_path, isolation):
+    with AIResearchEnv(codebase="planted", workdir=tmp_path / "run", sandbox=isolation) as env:
+        metric = env.value("").metric
+        with pytest.raises(ConfigError, match="in use by another supervisor"):
+            Ledger(env.ledger.path)
+    with AIResearchEnv(codebase="planted", workdir=tmp_path / "run", sandbox=isolation) as env:
+        again = env.value("")
+        assert (again.metric, again.cache_hit) == (metric, True)
+
+
+def test_rerun_in_another_folder_is_bit_equal(tmp_path, env, isolation):
+    with AIResearchEnv(codebase="planted", workdir=tmp_path / "other", sandbox=isolation) as other:
+        assert other.value(BETTER).metric == env.value(BETTER).metric
+
+
+def test_parallel_equals_series(tmp_path, isolation):
+    diffs = [BETTER.replace("128", str(number)) for number in range(100, 108)]
+    metrics = []
+    for cpus in ((0,), (0, 1)):
+        devices = Devices({"CPU": [cpu for cpu in cpus if cpu in Devices.of_this_host()._free["CPU"]]})
+        with AIResearchEnv(
+            codebase="planted", workdir=tmp_path / str(len(cpus)), sandbox=isolation, devices=devices
+        ) as env:
+            metrics.append([(r.metric, r.artifact_digest, r.tree_digest) for r in env.value_many(diffs)])
+    assert metrics[0] == metrics[1]
+
+
+def test_nothing_is_left_on_the_host(env):
+    env.value(BETTER)
+    assert not [
+        path
+        for path in scratch_root().iterdir()
+        if path.name.startswith("autodidact-") and "probe" not in path.name
+    ]
+    assert not list((env.workdir / "sealed").iterdir())
+
+
+def test_any_folder_with_run_and_eval_is_a_codebase(tmp_path, isolation):
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "answer.txt").write_text("3\n")
+    (code / "run.sh").write_text('cp answer.txt "$OUT"/answer.txt\n')
+    (code / "eval.sh").write_text('read x < "$ARTIFACT/answer.txt"; echo "{\\"metric\\": $x}" > "$RESULT"\n')
+    with AIResearchEnv(codebase=str(code), workdir=tmp_path / "run", sandbox=isolation) as env:
+        assert env.value("").metric == 3.0
+        changed = env.value("--- a/answer.txt\n+++ b/answer.txt\n@@ -1 +1 @@\n-3\n+2\n")
+        assert changed.metric == 2.0
+        nonsense = env.value("--- a/answer.txt\n+++ b/answer.txt\n@@ -1 +1 @@\n-3\n+NaN\n")
+        assert nonsense.status is Status.METRIC_INVALID
+        locked = env.value("--- a/eval.sh\n+++ b/eval.sh\n@@ -1 +1 @@\n-x\n+y\n")
+        assert locked.status is Status.PATCH_REJECTED
+
+
+def test_faults_of_a_codebase_are_named_all_at_once(tmp_path):
+    with pytest.raises(ConfigError, match="must be a folder or one of planted, toy"):
+        open_task("nanogpt", tmp_path)
+    (tmp_path / "task.toml").write_text('metrik = "x"\nservers = true\nrungs = [0.5]\n')
+    with pytest.raises(ConfigError, match="needs run.sh") as caught:
+        read_task(tmp_path)
+    assert len(caught.value.faults) == 2
+    for name in ("run.sh", "eval.sh"):
+        (tmp_path / name).write_text("true\n")
+    with pytest.raises(ConfigError) as caught:
+        read_task(tmp_path)
+    assert len(caught.value.faults) == 3
+
+
+@pytest.mark.parametrize("text", ["8H100", "x", "0xCPU", "-1xCPU", "1x", ""])
+def test_resource_strings_are_parsed_or_refused(text):
+    assert str(Resource.parse("8xH100")) == "8xH100"
+    with pytest.raises(ConfigError, match="count x kind"):
+        Resource.parse(text)
+
+
+def test_a_resource_that_the_host_lacks_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="does not fit this host"):
+        AIResearchEnv(codebase="planted", resource="8xH100", workdir=tmp_path)
+
+
+def test_a_floor_fails_closed():
+    with pytest.raises(ConfigError, match="sandbox.level"):
+        SandboxConfig(level="docker")
+
+
+def test_results_survive_json():
+    result = Result(status=Status.OK, metric=1.5, curve=((1, 2.0),), extra={"a": 1.0})
+    assert Result.from_json(result.to_json()) == result

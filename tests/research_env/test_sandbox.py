@@ -1,0 +1,133 @@
+"""The adversarial suite: programs that try every category, at every level that this host offers.
+
+Each one must end with the status that names its fault, within its limit, and leave nothing behind on the host.
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from research_env.records import Limits, Status
+from research_env.sandbox import cgroup
+from research_env.sandbox.ladder import measure_kill_s, probe, start_job
+
+LIMITS = Limits(wall_s=3, memory_bytes=96 << 20, pids=24, disk_bytes=8 << 20, output_bytes=200_000)
+LEVELS = {level: probe(level) for level in ("bwrap", "unshare")}
+
+
+@pytest.fixture(params=list(LEVELS))
+def level(request):
+    """A level that holds here, or a skip with what it lacks."""
+    found = LEVELS[request.param]
+    if not found.is_held:
+        pytest.skip(f"{request.param} does not hold here: {[c for c in found.checks if not c.is_held]}")
+    return request.param
+
+
+def manifest(folder: Path) -> dict[str, str]:
+    """Path, mode and hash of everything below a folder."""
+    return {
+        str(
+            path
+        ): f"{path.lstat().st_mode:o} {hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ''}"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def run_program(level: str, code: str) -> object:
+    """Run Python source in a jail and return the outcome."""
+    job, scratch = start_job(
+        level, [sys.executable, "-I", "-S", "-c", code], cgroup.find_hierarchies(), LIMITS
+    )
+    try:
+        return job.wait()
+    finally:
+        scratch.remove()
+        assert not scratch.root.exists()
+
+
+SPIN = "\nwhile True: pass"
+CASES = {
+    # resource: the limit holds, and the status names it
+    "busy loop": (SPIN, Status.RUN_TIMEOUT),
+    "sleep": ("import time; time.sleep(99)", Status.RUN_TIMEOUT),
+    "ignores signals": ("import signal\nfor s in (1, 2, 15): signal.signal(s, signal.SIG_IGN)" + SPIN, Status.RUN_TIMEOUT),
+    "stops itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", Status.RUN_TIMEOUT),
+    "memory hog": ("x = []\nwhile True: x.append(bytearray(1 << 20))", Status.OOM_HOST),
+    "memory by a child": ("import os\nif os.fork(): raise SystemExit(1 if os.wait()[1] else 0)\nx = []\nwhile True: x.append(bytearray(1 << 20))", Status.OOM_HOST),
+    "memory in shm": ("f = open('/dev/shm/x', 'wb')\nwhile True: f.write(b'x' * 65536); f.flush()", None),
+    "fork bomb": ("import os\nwhile True: os.fork()", None),
+    "many threads": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()", Status.PIDS_LIMIT),
+    "children that wait": ("import os, time\nfor _ in range(99):\n  if os.fork() == 0: time.sleep(99)", Status.PIDS_LIMIT),
+    "disk hog": ("f = open('big', 'wb')\nwhile True: f.write(b'x' * 65536)", Status.DISK_LIMIT),
+    "many small files": ("for i in range(10**6): open(f'f{i}', 'w').write('x' * 5000)", Status.DISK_LIMIT),
+    "sparse file": ("open('s', 'wb').truncate(1 << 40)", Status.DISK_LIMIT),
+    "disk hog in tmp": ("f = open('/tmp/big', 'wb')\nwhile True: f.write(b'x' * 65536)", None),
+    "output flood": ("while True: print('x' * 1000)", Status.OUTPUT_LIMIT),
+    "error flood": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", Status.OUTPUT_LIMIT),
+    "exit code": ("raise SystemExit(7)", Status.RUN_CRASH),
+    "segfault": ("import ctypes; ctypes.string_at(0)", Status.RUN_CRASH),
+    "abort": ("import os; os.abort()", Status.RUN_CRASH),
+    "kills its group": ("import os; os.killpg(0, 9)", Status.RUN_CRASH),
+    "kills everything it sees": ("import os; os.kill(-1, 9)", None),
+    "deep recursion": ("import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()", None),
+    "closes its streams": ("import os\nos.close(1); os.close(2)", Status.OK),
+    "closes and spins": ("import os\nos.close(0); os.close(1); os.close(2)" + SPIN, Status.RUN_TIMEOUT),
+    # escape: nothing outlives the job
+    "daemon": ("import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0: time.sleep(99)", Status.OK),
+    "daemon that ignores all": ("import os, signal, time\nif os.fork() == 0:\n  os.setsid()\n  signal.signal(15, signal.SIG_IGN)\n  os.closerange(0, 99)\n  time.sleep(99)", Status.OK),
+    "link to the host": ("import os; os.symlink('/etc/shadow', 'link'); open('link').read()", Status.RUN_CRASH),
+    "walks up": ("open('/ws/../../../../etc/shadow').read()", Status.RUN_CRASH),
+    "walks through proc": ("open('/proc/1/root/etc/shadow').read()", Status.RUN_CRASH),
+    "hard link to a library": ("import os, sys; os.link(sys.executable, 'python')", Status.RUN_CRASH),
+    "writes to the interpreter": ("import sys; open(sys.prefix + '/x', 'w')", Status.RUN_CRASH),
+    "writes to the system": ("open('/usr/bin/x', 'w')", Status.RUN_CRASH),
+    "makes a device": ("import os, stat; os.mknod('d', 0o600 | stat.S_IFBLK, os.makedev(254, 0))", Status.RUN_CRASH),
+    "changes root": ("import os; os.chroot('/tmp')", Status.RUN_CRASH),
+    "becomes another user": ("import os; os.setgid(0); os.setuid(0); assert os.getuid() != 0", None),
+    "setuid program": ("import os; os.chmod('/ws', 0o4777); import subprocess; raise SystemExit(subprocess.call(['/usr/bin/su', '-c', 'id']) or 0)", Status.RUN_CRASH),
+    "raises its limits": ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (10**6, 10**6))", Status.RUN_CRASH),
+    "raises priority": ("import os; os.nice(-10)", Status.RUN_CRASH),
+    # network
+    "name lookup": ("import socket; socket.getaddrinfo('example.org', 80)", Status.RUN_CRASH),
+    "raw socket": ("import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)", Status.RUN_CRASH),
+    "packet socket": ("import socket; socket.socket(17, socket.SOCK_RAW, 0)", Status.RUN_CRASH),
+    "datagram out": ("import socket; socket.socket(2, 2).sendto(b'x', ('1.1.1.1', 53))", Status.RUN_CRASH),
+    "version six": ("import socket; socket.create_connection(('2606:4700::1111', 80), 1)", Status.RUN_CRASH),
+    # secrets
+    "environment": ("import os; assert not [k for k in os.environ if 'KEY' in k or 'TOKEN' in k or 'CANARY' in k]", Status.OK),
+    "home folder": ("import os; assert os.listdir(os.environ['HOME']) == []", Status.OK),
+    "parent's environment": ("import os\nfor p in os.listdir('/proc'):\n  if p.isdigit():\n    try: assert b'CANARY' not in open(f'/proc/{p}/environ', 'rb').read()\n    except PermissionError: pass", Status.OK),
+    "other processes": ("import os; assert len([p for p in os.listdir('/proc') if p.isdigit()]) < 5", Status.OK),
+    "other jobs' folders": ("import os; assert not [d for d in os.listdir('/tmp') if 'autodidact' in d]", Status.OK),
+    # log injection
+    "terminal codes": ("print('\\x1b[2J\\x1b]0;owned\\x07'); raise SystemExit(1)", Status.RUN_CRASH),
+    "forged status": ("print('status: ok metric: 0.0'); raise SystemExit(1)", Status.RUN_CRASH),
+    "broken text": ("import os; os.write(1, bytes(range(256)))", Status.OK),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_program_gets_one_status_and_leaves_nothing(name, level, tmp_path, monkeypatch):
+    monkeypatch.setenv("CANARY_API_KEY", "secret")
+    code, expected = CASES[name]
+    (tmp_path / "host.txt").write_text("untouched")
+    before = manifest(tmp_path)
+    groups = cgroup.find_hierarchies()
+    outcome = run_program(level, code)
+    assert outcome.status is expected if expected is not None else outcome.status is not Status.INFRA_ERROR, (
+        outcome
+    )
+    assert outcome.wall_s < LIMITS.wall_s + 2
+    assert manifest(tmp_path) == before
+    for parent in (*groups.v1.values(), groups.v2):
+        assert parent is None or not [
+            g for g in os.listdir(parent) if g.startswith(f"autodidact-probe-{os.getpid()}-")
+        ]
+
+
+def test_a_tree_of_fifty_processes_is_gone_within_200_ms(level):
+    assert min(measure_kill_s(level) for _ in range(3)) < 0.2
