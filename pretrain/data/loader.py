@@ -5,7 +5,7 @@ hold, so the global batch is the same bits on any mesh and any number of hosts.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain.python as grain
@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pretrain.data.batch import Batch
-from pretrain.data.mixture import MixturePlan, MixtureStage
-from pretrain.data.rows import Rows, empty_rows
+from pretrain.config import stable_seed
+from pretrain.data.mixture import BatchStage, MixturePlan, MixtureStage
+from pretrain.data.rows import Rows, RowTable, empty_rows
 from pretrain.data.tables import DataConfig, PreparedData
 from pretrain.sharding import ACTIVATION_RULES, partition_spec
 
@@ -26,11 +27,16 @@ _PREFETCHED_STEPS = 4
 class _Steps(grain.MapDataset):
     """Element s holds this process's rows of step s, on the host."""
 
-    def __init__(self, data: PreparedData, plan: MixturePlan, num_steps: int, batch_rows: int, rows: range):
+    def __init__(self, tables: Sequence[RowTable], plan: MixturePlan, num_steps: int, rows: range, seed: int):
         super().__init__()
-        self._tables = list(data.train_tables.values())
-        self._row_length = self._tables[0].format.row_length
-        self._plan, self._num_steps, self._batch_rows, self._rows = plan, num_steps, batch_rows, rows
+        self._tables, self._plan, self._num_steps, self._rows = tables, plan, num_steps, rows
+        self._row_length = tables[0].format.row_length
+        # Element k of a source is row k mod n of a permutation drawn anew for every epoch, with a seed of its own:
+        # grain adds the epoch to the seed, so neighboring seeds would share permutations.
+        self._orders = [
+            grain.MapDataset.range(len(table)).shuffle(seed=stable_seed(seed, "rows", name) % 2**32)
+            for name, table in zip(plan.names, tables, strict=True)
+        ]
 
     def __len__(self) -> int:
         return self._num_steps
@@ -39,9 +45,10 @@ class _Steps(grain.MapDataset):
         if isinstance(step, slice):
             return self.slice(step)
         rows = empty_rows(len(self._rows), self._row_length)
-        for place, row in enumerate(self._rows):
-            source, index = self._plan.slot(step * self._batch_rows + row)
-            self._tables[source].read_into(index, rows, place)
+        sources, elements = self._plan.slots(step)
+        for place, slot in enumerate(self._rows):
+            source = int(sources[slot])
+            self._tables[source].read_into(int(self._orders[source][int(elements[slot])]), rows, place)
             rows.source_B[place] = source
         return rows
 
@@ -49,19 +56,21 @@ class _Steps(grain.MapDataset):
 class RowBatches:
     """Batches of packed rows for the training loop, and the held-out rows for evaluation."""
 
-    def __init__(
-        self, data: PreparedData, config: DataConfig, *, num_steps: int, seed: int, mesh: Mesh, start_step: int = 0
-    ):
+    def __init__(self, data: PreparedData, config: DataConfig, *, num_steps: int, seed: int, mesh: Mesh):
         self._data, self._batch_rows, self._row_length = data, config.batch_rows, config.row_length
         num_rows = {name: len(table) for name, table in data.train_tables.items()}
         stages = config.stages or (MixtureStage(start_step=0, weights={n: float(c) for n, c in num_rows.items()}),)
-        caps = {source.name: source.max_epochs for source in config.sources}
         self.plan = MixturePlan(
-            num_rows, stages, num_steps=num_steps, batch_rows=config.batch_rows, seed=seed, max_epochs=caps
+            num_rows,
+            stages,
+            batch_stages=(BatchStage(start_step=0, batch_rows=config.batch_rows),),
+            max_epochs={source.name: source.max_epochs for source in config.sources},
+            seed=seed,
         )
+        self.plan.check_steps(num_steps)
         self._sharding = NamedSharding(mesh, partition_spec(("batch",), (config.batch_rows,), ACTIVATION_RULES, mesh))
         self._local = self._local_rows(config.batch_rows)
-        self._steps = _Steps(data, self.plan, num_steps, config.batch_rows, self._local)
+        self._steps = _Steps(list(data.train_tables.values()), self.plan, num_steps, self._local, seed)
         self._next_step = -1
         self._iterator: Iterator[Rows] = iter(())
 

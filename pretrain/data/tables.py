@@ -40,7 +40,7 @@ from pretrain.data.pack import (
 )
 from pretrain.data.rows import REBUILD, RowFormat, Rows, RowTable, Shard, write_shard, write_table_manifest
 from pretrain.data.source import BadRecord, SourceConfig, TextDocument, TextSource, heldout
-from pretrain.rundir import file_sha256, storage_errors, write_atomic, write_json_atomic
+from pretrain.rundir import storage_errors, write_atomic, write_json_atomic
 from pretrain.tokenizer import Tokenizer
 
 # (what is being read, documents so far)
@@ -135,7 +135,7 @@ def prepare_tables(config: DataConfig, workdir: str | Path, seed: int, progress:
     """
     progress = progress or (lambda stage, done: None)
     sources = {source.name: source.build(config.root) for source in config.sources}
-    contents = {name: _content(source) for name, source in sources.items()}
+    contents = {name: source.content_fingerprint() for name, source in sources.items()}
     home = Path(workdir) / "tables"
     with _removed_if_empty(home), _locked(home):
         tokenizer = _tokenizer(config, sources, contents, home, seed, progress)
@@ -235,12 +235,6 @@ def _reusable(folder: Path, contents: Mapping[str, str], rebuild: bool) -> bool:
             "set data.rebuild=true to build them again, or use another run.workdir"
         )
     return True
-
-
-def _content(source: TextSource) -> str:
-    """A hash of all files of a source, by name."""
-    lines = [f"{name} {file_sha256(path)}" for name, path in source.files()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _key(*parts: Any) -> str:
