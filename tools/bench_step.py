@@ -139,14 +139,20 @@ class Entrant:
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
-        self.info = self._answer()
-        if "faults" in self.info:
-            raise ConfigError(*self.info["faults"])
+        try:
+            self.info = self._answer()
+            if "faults" in self.info:
+                raise ConfigError(*self.info["faults"])
+        except ConfigError:
+            self.close()
+            raise
 
     def _answer(self) -> Any:
         line = self.process.stdout.readline()
         if not line:
-            raise ConfigError(f"{self.name} must run on this machine, but its process died; see its message above")
+            raise ConfigError(
+                f"{self.name} must run on this machine, but its process died; see its message above"
+            )
         return json.loads(line)
 
     def run(self, num_steps: int, max_foreign: float) -> list[float] | None:
@@ -189,7 +195,8 @@ def compare(entrants: Sequence[Entrant], options: Options) -> dict[str, Any]:
     while time.perf_counter() - began < options.max_seconds:
         if min(len(r) for r in ratios.values()) >= options.pairs:
             break
-        _wait_for_quiet()
+        if options.max_foreign < 1:
+            _wait_for_quiet()
         medians = {}
         for entrant in entrants if turn % 2 == 0 else entrants[::-1]:
             block = entrant.run(options.block, options.max_foreign)

@@ -12,7 +12,7 @@ from tools import bench_step, our_step
 
 TINY = {"D": 32, "L": 1, "N": 2, "F": 128, "V": 64, "B": 2, "T": 16}
 
-PEERS = '''
+PEERS = """
 import json, os, time
 
 def factory(seconds):
@@ -31,7 +31,7 @@ fast, slow = factory(0.02), factory(0.06)
 
 def dies(shape):
     os._exit(9)
-'''
+"""
 
 
 @pytest.fixture
@@ -48,7 +48,9 @@ def _compared(pairs: int, block: int) -> dict:
     entrants = [bench_step.Entrant(f"sleepers:{name}", TINY, 1) for name in ("fast", "slow")]
     try:
         # The sleepers take no processor time, so whatever runs beside this test does not change their blocks.
-        return bench_step.compare(entrants, bench_step.Options(pairs=pairs, block=block, max_foreign=math.inf))
+        return bench_step.compare(
+            entrants, bench_step.Options(pairs=pairs, block=block, max_foreign=math.inf)
+        )
     finally:
         for entrant in entrants:
             entrant.close()
