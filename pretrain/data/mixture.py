@@ -250,8 +250,8 @@ class MixturePlan:
 
     def _deadline(self, source: int, count: int) -> Fraction | None:
         """The row at which the target of `source` reaches `count`; None is never."""
-        i = max(0, bisect.bisect_left(self._targets, count, key=lambda t: t.base[source]) - 1)
-        for i, piece in enumerate(self._targets[i:], i):
+        first = max(0, bisect.bisect_left(self._targets, count, key=lambda t: t.base[source]) - 1)
+        for i, piece in enumerate(self._targets[first:], first):
             if piece.share[source]:
                 row = piece.start + (count - piece.base[source]) / piece.share[source]
                 if i + 1 == len(self._targets) or row <= self._targets[i + 1].start:

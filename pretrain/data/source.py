@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 import platform
 import sysconfig
 import zlib
@@ -340,7 +341,7 @@ class TextFileConfig(SourceConfig):
 
 
 def _read_long_text(name: str, path: Path, config: TextFileConfig) -> Iterator[TextDocument | BadRecord]:
-    number, count, start, size, lines = 0, 0, 1, 0, []
+    number, count, size, lines = 0, 0, 0, []
     try:
         for number, line in enumerate(read_lines(path), 1):
             try:
@@ -351,7 +352,7 @@ def _read_long_text(name: str, path: Path, config: TextFileConfig) -> Iterator[T
             size += len(line) + 1
             if size >= config.document_bytes:
                 yield TextDocument(f"{name}#{count}", "\n".join(lines) + "\n", config.name)
-                count, start, size, lines = count + 1, number + 1, 0, []
+                count, size, lines = count + 1, 0, []
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
@@ -428,10 +429,11 @@ class StdlibSource:
 
     def content_files(self) -> list[tuple[str, Path]]:
         found = []
-        for path in self.folder.rglob("*.py"):
-            relative = path.relative_to(self.folder)
-            if not _LEFT_OUT.intersection(relative.parts) and not relative.parts[0].startswith("config-"):
-                found.append((relative.as_posix(), path))
+        for folder, names, files in os.walk(self.folder):
+            # Pruned here: what pip installed may be a hundred times the library.
+            names[:] = [n for n in names if n not in _LEFT_OUT and not n.startswith("config-")]
+            for path in (Path(folder, file) for file in files if file.endswith(".py")):
+                found.append((path.relative_to(self.folder).as_posix(), path))
         if (self.folder / _TOPICS).is_file():
             found.append((_TOPICS, self.folder / _TOPICS))
         return sorted(found)
