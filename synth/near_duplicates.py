@@ -51,7 +51,7 @@ class DuplicateFinder:
     ):
         self._bound = jaccard_at_least
         self._width = shingle_words
-        self._permutations = num_permutations
+        self._blank = MinHash(num_perm=num_permutations, seed=1)
         # A lower threshold in the index than in the decision: a missed candidate is never seen again.
         self._index = MinHashLSH(threshold=max(jaccard_at_least - 0.15, 0.05), num_perm=num_permutations)
         self._shingles: dict[str, set[str]] = {}
@@ -73,7 +73,7 @@ class DuplicateFinder:
             self._index.insert(key, self._sketch(shingles))
 
     def _sketch(self, shingles: Iterable[str]) -> MinHash:
-        sketch = MinHash(num_perm=self._permutations, seed=1)
+        sketch = self._blank.copy()  # the permutations are the costly part of a new one
         sketch.update_batch([shingle.encode() for shingle in sorted(shingles)])
         return sketch
 

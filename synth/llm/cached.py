@@ -6,7 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from synth.llm.api import LLM, LLMConfig, Reply, Request, Usage, cost_usd, request_key
+from pretrain.config import ConfigError
+from synth.llm.api import (
+    LLM,
+    BadRequest,
+    LLMConfig,
+    LostCall,
+    OutOfBudget,
+    Overloaded,
+    Reply,
+    Request,
+    Usage,
+    cost_usd,
+    request_key,
+)
 from synth.llm.budget import Account, worst_usage
 
 SUFFIX = ".replies.sqlite"
@@ -46,6 +59,7 @@ class CachedLLM:
         self._others = [sqlite3.connect(f"file:{other}?mode=rw", uri=True) for other in read_only]
         self._intents: list[tuple[Any, ...]] = []
         self._rows: list[tuple[Any, ...]] = []
+        self._never_charged: list[tuple[str]] = []
         self._commit: asyncio.Task[None] | None = None
         self._in_flight: dict[str, asyncio.Future[Reply]] = {}
         self.num_calls = 0
@@ -75,7 +89,14 @@ class CachedLLM:
             price = cost_usd(self._config, worst)
             self._intents.append((key, worst.prompt_tokens, worst.completion_tokens, price))
             await self._write_soon()
-            reply = await self._inner.generate(request)
+            try:
+                reply = await self._inner.generate(request)
+            except LostCall:
+                raise  # it may have been charged: the note of it stays
+            except (Overloaded, BadRequest, OutOfBudget, ConfigError):
+                self._never_charged.append((key,))
+                await self._write_soon()
+                raise
             self.num_calls += 1
             usage, price = reply.usage, cost_usd(self._config, reply.usage)
             self._rows.append(
@@ -113,9 +134,11 @@ class CachedLLM:
         await asyncio.sleep(_GROUP_COMMIT_S)
         intents, self._intents = self._intents, []
         rows, self._rows = self._rows, []
+        never_charged, self._never_charged = self._never_charged, []
         self._commit = None
         self._db.execute("BEGIN IMMEDIATE")
         self._db.executemany("INSERT OR IGNORE INTO sent VALUES (?, ?, ?, ?)", intents)
+        self._db.executemany("DELETE FROM sent WHERE key = ?", never_charged)
         self._db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         self._db.execute("COMMIT")
 

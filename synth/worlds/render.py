@@ -137,7 +137,7 @@ def sentences_of(text: str) -> list[str]:
 
 def read_sentence(sentence: str) -> Statement | None:
     """What a sentence states, in the direction it is told, or None."""
-    sentence = sentence.strip()
+    sentence = sentence.rpartition("Answer: ")[2].strip()  # what stands before is the question
     match = _CHAIN_PATTERN.fullmatch(sentence)
     if match is not None:
         steps = [_STEP_OF_NOUN.get(noun) for noun in match[1].split(" of the ")]

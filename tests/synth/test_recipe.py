@@ -23,8 +23,8 @@ from synth.worlds.reader import ReaderConfig
 from synth.worlds.render import read
 from synth.worlds.world import WorldConfig
 
-WORLDS = WorldDocuments(world=WorldConfig(seed=3, num_documents=3))
-NUM_TEXTS = 3 * (1 + math.comb(17, 2) + 10)
+WORLDS = WorldDocuments(world=WorldConfig(seed=3, num_documents=3, per_type=(3, 2, 2, 2)))
+NUM_TEXTS = 3 * (1 + math.comb(9, 2) + 10)
 
 
 def recipe(workdir, *, generator=None, llm=None, seed=0, **run):
@@ -77,7 +77,10 @@ def test_processes_write_the_bytes_of_one_process(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"generator": EntiGraph(max_triples=11)}, "entigraph_prepare .* config.generator.max_triples was 10, is now 11"),
+        (
+            {"generator": EntiGraph(max_triples=11)},
+            "entigraph_prepare .* config.generator.max_triples was 10, is now 11",
+        ),
         ({"llm": ReaderConfig(compose=False)}, "config.llm.compose was true, is now false"),
         ({"seed": 1}, "config.seed was 0, is now 1"),
         ({"num_shards": 3}, "stage sources .* shard_count was 2, is now 3"),
@@ -94,25 +97,25 @@ def test_a_changed_field_stops_the_run_and_is_named(tmp_path, change, message):
 def test_only_what_follows_from_a_change_is_made_again(tmp_path):
     config = recipe(tmp_path, num_shards=2)
     execute(config)
-    changed = replace(config, items_per_document=40)
-    with pytest.raises(ConfigError, match="stage entigraph .* items_per_document was null, is now 40"):
+    changed = replace(config, items_per_document=30)
+    with pytest.raises(ConfigError, match="stage entigraph .*items_per_document was null, is now 30"):
         execute(changed)
     done = execute(replace(changed, run=replace(changed.run, fresh=("entigraph",))))
     ran = {name: result.num_run for name, result in done.items()}
     assert ran == {"sources": 0, "entigraph_prepare": 0, "entigraph": 2, "corpus": 1, "report": 1}
-    assert done["entigraph"].counts["out"] == 120
+    assert done["entigraph"].counts["out"] == 90
     assert done["entigraph"].counts["cached_calls"] == done["entigraph"].counts["calls"]
 
 
 def test_a_budget_stops_cleanly_and_a_larger_one_goes_on(tmp_path):
     priced = ReaderConfig(prompt_usd_per_million=1.0, completion_usd_per_million=4.0)
-    execute(recipe(tmp_path / "whole", llm=priced))
-    small = execute(recipe(tmp_path / "parts", llm=priced, budget=Budget(max_calls=100)))
+    bill = sum(result.cost_usd for result in execute(recipe(tmp_path / "whole", llm=priced)).values())
+    small = execute(recipe(tmp_path / "parts", llm=priced, budget=Budget(max_calls=50)))
     assert small["entigraph"].partial
-    assert small["entigraph_prepare"].counts["paid_calls"] + small["entigraph"].counts["paid_calls"] == 100
-    dollars = execute(recipe(tmp_path / "parts", llm=priced, budget=Budget(max_cost_usd=0.05)))
-    assert sum(result.cost_usd for result in dollars.values()) <= 0.05
-    assert dollars["entigraph"].counts["paid_calls"] > 97
+    assert small["entigraph_prepare"].counts["paid_calls"] + small["entigraph"].counts["paid_calls"] == 50
+    dollars = execute(recipe(tmp_path / "parts", llm=priced, budget=Budget(max_cost_usd=0.8 * bill)))
+    assert 0.5 * bill < sum(result.cost_usd for result in dollars.values()) <= 0.8 * bill
+    assert dollars["entigraph"].counts["paid_calls"] > 47
     assert not execute(recipe(tmp_path / "parts", llm=priced))["entigraph"].partial
     assert outputs(tmp_path / "parts") == outputs(tmp_path / "whole")
 
@@ -121,6 +124,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     config = recipe(tmp_path)
 
     def interfere(line):
+        if line.startswith("the page"):
+            return  # the folder is free again
         with pytest.raises(ConfigError, match="one writer"):
             config.execute(lambda inner: None)
 
@@ -156,7 +161,7 @@ def test_a_stage_above_its_share_of_failures_stops_the_run(tmp_path):
         (QaPairs(batches=5), 15),
         (GenreAudience(versions=2), 30),
         (ActiveReading(versions=2), 18),
-        (FocalRewrite(), 72),
+        (FocalRewrite(), 36),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -180,7 +185,9 @@ def test_the_pilot_predicts_the_bill_and_is_not_paid_twice(tmp_path):
     done = execute(config)
     used = [done[name].counts for name in ("entigraph_prepare", "entigraph")]
     assert expected.calls == sum(c["calls"] for c in used)
-    assert expected.usage.completion_tokens == pytest.approx(sum(c["completion_tokens"] for c in used), rel=0.15)
+    assert expected.usage.completion_tokens == pytest.approx(
+        sum(c["completion_tokens"] for c in used), rel=0.15
+    )
     assert expected.usage.prompt_tokens == pytest.approx(sum(c["prompt_tokens"] for c in used), rel=0.15)
     assert sum(c["cached_calls"] for c in used) == 2 + 2 * 8
 
@@ -199,5 +206,5 @@ def test_the_page_is_written(tmp_path):
     execute(recipe(tmp_path))
     page = (tmp_path / "report.md").read_text()
     numbers = json.loads((tmp_path / "report.json").read_text())
-    assert f"| entigraph/pair | {3 * math.comb(17, 2)} |" in page
+    assert f"| entigraph/pair | {3 * math.comb(9, 2)} |" in page
     assert numbers["names_all_parts"] == 1.0
