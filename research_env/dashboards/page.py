@@ -196,7 +196,9 @@ def _lineage(arms: Mapping[str, Sequence[tuple[Node, Result]]]) -> str:
             rows = ""
             for node, result in children.get(parent, []) if depth < 30 else []:
                 metric = result.status.value if result.metric is None else f"{result.metric:.4f}"
-                rows += f"<li>{node.id[:8]} {metric} {_text(node.operator)}{draw(node.id, depth + 1)}</li>"
+                rows += (
+                    f"<li>{_text(node.id[:8])} {metric} {_text(node.operator)}{draw(node.id, depth + 1)}</li>"
+                )
             return f"<ul>{rows}</ul>" if rows else ""
 
         parts.append(f"<details><summary>{_text(arm)}</summary>{draw('', 0)}</details>")
@@ -207,7 +209,7 @@ def _candidate(node: Node, result: Result, verdict: Mapping[str, Any] | None, ta
     style = "ok" if result.metric is not None else "bad"
     metric = result.status.value if result.metric is None else f"{result.metric:.4f}"
     parts = [
-        f"<details><summary>{node.id[:8]} <span class='{style}'>{metric}</span> {_text(node.idea[:160])}</summary>"
+        f"<details><summary>{_text(node.id[:8])} <span class='{style}'>{metric}</span> {_text(node.idea[:160])}</summary>"
     ]
     if verdict is not None:
         parts.append(

@@ -59,7 +59,7 @@ class Researcher:
     def executor(self, idea: Idea) -> str:
         """A diff against the baseline for the idea; a refused diff is returned as it is, and `value` says why."""
         text = idea.diff if idea.diff is not None else (self._write_diff or _no_writer)(idea)
-        candidate = self._env.add(text, base=idea.base, idea=idea.text, operator=idea.operator, )
+        candidate = self._env.add(text, base=idea.base, idea=idea.text, operator=idea.operator)
         return candidate.node.diff
 
     def learn(self, idea: Idea, diff: str, value: Result) -> None:

@@ -14,7 +14,7 @@ from research_env.records import Limits, Status
 from research_env.sandbox import cgroup
 from research_env.sandbox.ladder import measure_kill_s, probe, start_job
 
-LIMITS = Limits(wall_s=3, memory_bytes=96 << 20, pids=24, disk_bytes=8 << 20, output_bytes=200_000)
+LIMITS = Limits(wall_s=2, memory_bytes=96 << 20, pids=24, disk_bytes=8 << 20, output_bytes=200_000)
 LEVELS = {level: probe(level) for level in ("bwrap", "unshare")}
 
 
@@ -60,11 +60,11 @@ CASES = {
     "memory by a child": ("import os\nif os.fork(): raise SystemExit(1 if os.wait()[1] else 0)\nx = []\nwhile True: x.append(bytearray(1 << 20))", Status.OOM_HOST),
     "memory in shm": ("f = open('/dev/shm/x', 'wb')\nwhile True: f.write(b'x' * 65536); f.flush()", None),
     "fork bomb": ("import os\nwhile True: os.fork()", None),
-    "many threads": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()", Status.PIDS_LIMIT),
+    "many threads": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,), daemon=True).start()", Status.PIDS_LIMIT),
     "children that wait": ("import os, time\nfor _ in range(99):\n  if os.fork() == 0: time.sleep(99)", Status.PIDS_LIMIT),
     "disk hog": ("f = open('big', 'wb')\nwhile True: f.write(b'x' * 65536)", Status.DISK_LIMIT),
-    "many small files": ("for i in range(10**6): open(f'f{i}', 'w').write('x' * 5000)", Status.DISK_LIMIT),
-    "sparse file": ("open('s', 'wb').truncate(1 << 40)", Status.DISK_LIMIT),
+    "many small files": ("for i in range(10**6):\n  with open(f'f{i}', 'w') as f: f.write('x' * 5000)", Status.DISK_LIMIT),
+    "sparse file": ("open('s', 'wb').truncate(1 << 40)", Status.RUN_CRASH),
     "disk hog in tmp": ("f = open('/tmp/big', 'wb')\nwhile True: f.write(b'x' * 65536)", None),
     "output flood": ("while True: print('x' * 1000)", Status.OUTPUT_LIMIT),
     "error flood": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", Status.OUTPUT_LIMIT),
@@ -99,7 +99,7 @@ CASES = {
     "version six": ("import socket; socket.create_connection(('2606:4700::1111', 80), 1)", Status.RUN_CRASH),
     # secrets
     "environment": ("import os; assert not [k for k in os.environ if 'KEY' in k or 'TOKEN' in k or 'CANARY' in k]", Status.OK),
-    "home folder": ("import os; assert os.listdir(os.environ['HOME']) == []", Status.OK),
+    "home folder": ("import os, sys; assert not [d for d in os.listdir(os.environ['HOME']) if not sys.executable.startswith('/tmp/' + d)]", Status.OK),
     "parent's environment": ("import os\nfor p in os.listdir('/proc'):\n  if p.isdigit():\n    try: assert b'CANARY' not in open(f'/proc/{p}/environ', 'rb').read()\n    except PermissionError: pass", Status.OK),
     "other processes": ("import os; assert len([p for p in os.listdir('/proc') if p.isdigit()]) < 5", Status.OK),
     "other jobs' folders": ("import os; assert not [d for d in os.listdir('/tmp') if 'autodidact' in d]", Status.OK),

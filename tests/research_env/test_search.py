@@ -1,0 +1,140 @@
+"""Campaigns: a resumed one equals the uninterrupted one, and the page shows hostile text as text."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from research_env.dashboards.page import write_page
+from research_env.diff import PathPolicy, read_change
+from research_env.ideator.mutate import MutationIdeator, cross
+from research_env.ledger import Ledger
+from research_env.main import main
+from research_env.novelty import jaccard, syntax_digest, words
+from research_env.records import Node, Result, Status
+from research_env.search.islands import Islands
+from research_env.search.proposal import Told
+from research_env.search.tree import Tree
+from research_env.task import open_task
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\x1b[2J\ud800"
+TREE = {
+    "model.py": b'"""Doc."""\nRATE = 0.1\nON = False\nACT = "tanh"  # tanh, relu\nSIZE = 64\nf(depth=4)\n'
+}
+POLICY = PathPolicy(editable=("model.py",))
+
+
+def test_every_mutation_applies_and_changes_something():
+    ideator = MutationIdeator(0)
+    operators = set()
+    for i in range(200):
+        idea = ideator.propose(str(i), TREE, POLICY, TREE, [])
+        tree, _ = read_change(idea.diff, TREE, POLICY)
+        assert tree != TREE
+        compile(tree["model.py"], "model.py", "exec")
+        operators.add(idea.operator)
+    assert operators == {"scale", "toggle", "swap", "shape", "pair"}
+    assert ideator.propose("7", TREE, POLICY, TREE, []) == ideator.propose("7", TREE, POLICY, TREE, [])
+
+
+def test_crossing_takes_both_parents_changes():
+    left = {"model.py": TREE["model.py"].replace(b"0.1", b"0.2")}
+    right = {"model.py": TREE["model.py"].replace(b"64", b"128").replace(b"False", b"True")}
+    idea = cross(TREE, left, right, POLICY)
+    assert read_change(idea.diff, left, POLICY)[0]["model.py"] == right["model.py"].replace(b"0.1", b"0.2")
+
+
+def test_comments_and_layout_are_not_news_but_values_are():
+    same = {
+        "model.py": TREE["model.py"].replace(b"RATE = 0.1", b"RATE  =  0.1  # better").replace(b"Doc", b"New")
+    }
+    assert syntax_digest(same) == syntax_digest(TREE)
+    assert syntax_digest({"model.py": TREE["model.py"].replace(b"0.1", b"0.2")}) != syntax_digest(TREE)
+    assert jaccard(words("Raise the rate"), words("raise the RATE")) == 1.0
+
+
+def _told(proposal, gain):
+    node = Node(id=proposal.key.replace("/", "-"), diff=f"+++ b/{len(proposal.key)}.py\n+x\n")
+    result = Result(status=Status.RUN_CRASH) if gain is None else Result(status=Status.OK, metric=1.0 - gain)
+    return Told(proposal, node, result, gain)
+
+
+@pytest.mark.parametrize("make", [lambda: Islands(0), lambda: Tree(0, lambda g: g / 2)])
+def test_a_search_is_a_function_of_what_it_was_told(make):
+    def play(search):
+        keys = []
+        for i in range(12):
+            wishes = search.ask(3)
+            keys += [(w.key, w.kind, w.base) for w in wishes]
+            search.tell(
+                [_told(w, None if (i + j) % 4 == 0 else 0.01 * (i - j)) for j, w in enumerate(wishes)]
+            )
+        return keys
+
+    first = play(make())
+    assert first == play(make())
+    assert {"explore", "exploit"} <= {kind for _, kind, _ in first}
+
+
+def test_a_campaign_runs_and_running_it_again_costs_nothing(tmp_path):
+    argv = [
+        "--config",
+        "configs/research_env/smoke.py",
+        f"workdir={tmp_path}",
+        "num_candidates=4",
+        "noise_repeats=3",
+    ]
+    assert main(argv) == 0
+    first = json.loads((tmp_path / "summary.json").read_text())
+    page = (tmp_path / "index.html").read_bytes()
+    assert main(argv) == 0
+    assert json.loads((tmp_path / "summary.json").read_text()) == first
+    assert (tmp_path / "index.html").read_bytes() == page
+    assert [arm["told"] for arm in first["arms"]] == [4, 4]
+
+
+def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys):
+    assert main(["--config", "configs/research_env/smoke.py", f"workdir={tmp_path}", "codebase=nanogpt"]) == 2
+    assert "must be a folder or one of" in capsys.readouterr().err
+
+
+def _hostile_page(tmp_path: Path) -> Path:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    node = ledger.add_node(Node(id=HOSTILE[:60], idea=HOSTILE, diff=HOSTILE, operator=HOSTILE))
+    ledger.enqueue("k", node=node.id, purpose="screen", tree="", seed=0, rung=1.0, resource="1xCPU")
+    ledger.start("k")
+    ledger.finish("k", Result(status=Status.RUN_CRASH, reason=HOSTILE, log_tail=HOSTILE, isolation=HOSTILE))
+    ledger.note("told", HOSTILE[:50], json.dumps({"node": node.id, "run": "k"}))
+    summary = {
+        "metric": HOSTILE, "baseline": 1.0, "sigma0": 0.1, "noise_repeats": 3, "isolation": HOSTILE, "winner": None,
+        "arms": [{"arm": HOSTILE}], "spent": ledger.spent(),
+    }  # fmt: skip
+    path = write_page(ledger, open_task("planted", tmp_path), tmp_path / "index.html", summary)
+    ledger.close()
+    return path
+
+
+def test_hostile_text_stays_text(tmp_path):
+    page = _hostile_page(tmp_path).read_text()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "\x1b" not in page
+    assert "&lt;script&gt;" in page
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_page_and_runs_nothing_in_it(tmp_path):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    page = _hostile_page(tmp_path)
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>planted</title>" in shown
+    assert "owned</title>" not in shown
+    assert "<svg" in shown
