@@ -81,3 +81,25 @@ def derive_id(parents: tuple[str, ...], made_by: str, key: str) -> str:
     """The id of a made document: a hash of its parents, its recipe and its place in the plan (20 hex digits)."""
     body = json.dumps([list(parents), made_by, key], separators=(",", ":"))
     return hashlib.sha256(body.encode()).hexdigest()[:20]
+
+
+def windows_of(text: str, limit: int | None) -> list[str]:
+    """The text in pieces of at most `limit` characters; None leaves it whole.
+
+    Cut at paragraphs, else at lines, sentences, spaces.
+    """
+    if limit is None or len(text) <= limit:
+        return [text]
+    windows = []
+    rest = text
+    while len(rest) > limit:
+        cut = -1
+        for mark in ("\n\n", "\n", ". ", " "):
+            if cut < 0:
+                cut = rest.rfind(mark, limit // 3, limit)
+        cut = limit if cut < 0 else cut + 1
+        windows.append(rest[:cut])
+        rest = rest[cut:]
+    if rest.strip():
+        windows.append(rest)
+    return [window.strip() for window in windows if window.strip()]

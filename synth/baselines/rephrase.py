@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config import ConfigError
-from synth.document import Document
+from synth.document import Document, windows_of
 from synth.generator import Item, Rejection
 from synth.llm.api import Request
 from synth.prompt import Prompt, load_prompt
-from synth.windows import windows_of
 
 STYLES = ("easy", "medium", "hard", "qa")
 

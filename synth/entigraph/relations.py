@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config import ConfigError
-from synth.document import Document
+from synth.document import Document, windows_of
 from synth.entigraph.entities import SCHEMA, is_grounded, merge_entities, read_entities
 from synth.generator import Item, Rejection
 from synth.llm.api import Request
 from synth.prompt import Prompt, load_prompt
-from synth.windows import windows_of
 
 
 def permuted(count: int, key: int) -> Iterator[int]:
