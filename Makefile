@@ -17,7 +17,7 @@ test: venv  ## the default tests: at most ten minutes on two cores
 	$(RUN) -m pytest -q
 
 test-slow: venv  ## optional packages, real small models, ahead-of-time compiles, fault loops
-	PYTHON=$(PYTHON) sh tools/test_slow.sh
+	$(RUN) -m pytest -q -m slow
 
 check: venv  ## format, lint, types, then the default tests
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'

@@ -40,6 +40,8 @@ def sample_texts(params: Params, model: ModelConfig, tokenizer: Tokenizer, confi
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     keys = jax.random.split(jax.random.key(config.seed), len(prompts))
+    # A few short texts: one device is enough, and whole parameters there need no mesh in scope.
+    params = jax.device_put(jax.device_get(params), jax.local_devices()[0])
     tokens_BT = np.asarray(_continue(params, tokens_BT, lengths_B, keys, config.temperature, model))
     texts = []
     for row, length in zip(tokens_BT, lengths_B, strict=True):
@@ -66,9 +68,13 @@ def _continue(
         hidden_BTD = forward(params, model, tokens_BT, positions_BT, None)
         hidden_B1D = jax.lax.dynamic_slice_in_dim(hidden_BTD, t - 1, 1, axis=1)
         logits_BV = logits(hidden_B1D, params, model)[:, 0]
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, t), logits_BV.shape[1:]))(keys_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, t), logits_BV.shape[1:]))(
+            keys_B
+        )
         new_B = jnp.argmax(logits_BV + temperature * noise_BV, axis=-1).astype(tokens_BT.dtype)
         old_B = jax.lax.dynamic_index_in_dim(tokens_BT, t, axis=1, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(tokens_BT, jnp.where(t < lengths_B, old_B, new_B), t, axis=1)
+        return jax.lax.dynamic_update_index_in_dim(
+            tokens_BT, jnp.where(t < lengths_B, old_B, new_B), t, axis=1
+        )
 
     return jax.lax.fori_loop(1, tokens_BT.shape[1], draw, tokens_BT)

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.checkpoint import AllCheckpointsBad, NoCheckpoint
 from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
+from pretrain.health import TooManySkips
 from pretrain.train import TrainConfig, train
 
 
@@ -14,12 +16,17 @@ def main(argv: Sequence[str]) -> int:
         path, overrides = parse_argv(argv)
         config = apply_overrides(load_config(path), overrides)
         if not isinstance(config, TrainConfig):
-            raise ConfigError(f"{path} must return a TrainConfig for pretrain.main, got {type(config).__name__}")
+            raise ConfigError(
+                f"{path} must return a TrainConfig for pretrain.main, got {type(config).__name__}"
+            )
         return train(config, name=Path(path).stem).exit_code
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
+    except (NoCheckpoint, AllCheckpointsBad, TooManySkips) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 if __name__ == "__main__":

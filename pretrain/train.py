@@ -27,15 +27,38 @@ from pretrain.data.tables import DataConfig, PreparedData, prepare_tables
 from pretrain.evals.baselines import baseline_bits_per_byte
 from pretrain.evals.perplexity import HeldoutScore, heldout_score
 from pretrain.generate import SampleConfig, sample_texts
-from pretrain.health import REASONS, HealthConfig, Ledger, StopSignal, TooManySkips, Watchdog, tree_fingerprint
+from pretrain.health import (
+    REASONS,
+    HealthConfig,
+    Ledger,
+    StopSignal,
+    TooManySkips,
+    Watchdog,
+    tree_fingerprint,
+)
 from pretrain.loss import LossConfig
-from pretrain.metrics import GoodputClock, ProgressView, TensorBoardConfig, Writers, open_progress, open_writers, read_metrics
+from pretrain.metrics import (
+    GoodputClock,
+    ProgressView,
+    TensorBoardConfig,
+    Writers,
+    open_progress,
+    open_writers,
+    read_metrics,
+)
 from pretrain.model.transformer import ModelConfig, abstract_params
 from pretrain.optim import OptimConfig, make_optimizer
 from pretrain.plots import draw_loss
 from pretrain.rundir import RunDir, write_atomic, write_json_atomic
 from pretrain.sharding import MeshConfig, make_mesh
-from pretrain.step import TrainState, abstract_state, init_state, language_model_loss, make_eval_step, make_train_step
+from pretrain.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    language_model_loss,
+    make_eval_step,
+    make_train_step,
+)
 
 EXIT_PREEMPTED = 75
 
@@ -139,17 +162,27 @@ def train(config: TrainConfig, *, name: str) -> TrainResult:
         optimizer = make_optimizer(
             config.optim, config.run.num_steps, abstract_params(config.model, vocab_size), config.model
         )
-        restored = checkpointer.restore_latest(abstract_state(config.model, vocab_size, optimizer, mesh, config.health))
+        restored = checkpointer.restore_latest(
+            abstract_state(config.model, vocab_size, optimizer, mesh, config.health)
+        )
         if restored is not None:
             state, start_step, ledger = restored
             seconds = read_item(run.checkpoints / str(start_step), "meta")["goodput_s"]
             print(f"resuming {run.root} from the checkpoint of step {start_step}")
         else:
-            params = restore_params(config.init, abstract_params(config.model, vocab_size)) if config.init else None
-            state = init_state(config.model, vocab_size, optimizer, config.run.seed, mesh, config.health, params)
+            params = (
+                restore_params(config.init, abstract_params(config.model, vocab_size))
+                if config.init
+                else None
+            )
+            state = init_state(
+                config.model, vocab_size, optimizer, config.run.seed, mesh, config.health, params
+            )
             start_step, ledger, seconds = 0, Ledger(), {}
             print(f"starting {run.root}")
-        loop = _Loop(config, run, data, mesh, optimizer, checkpointer, ledger, start_step, GoodputClock(seconds))
+        loop = _Loop(
+            config, run, data, mesh, optimizer, checkpointer, ledger, start_step, GoodputClock(seconds)
+        )
         stack.callback(loop.writers.close)
         return loop.run_to(last_step, state)
 
@@ -181,12 +214,14 @@ class _Loop:
             learning_rate=lambda step: config.optim.learning_rate(step, config.run.num_steps),
         )
         self.eval_step = make_eval_step(loss, mesh=mesh)
-        self.batches = RowBatches(data, config.data, num_steps=config.run.num_steps, seed=config.run.seed, mesh=mesh)
+        self.batches = RowBatches(
+            data, config.data, num_steps=config.run.num_steps, seed=config.run.seed, mesh=mesh
+        )
         self.writers, _ = open_writers(
             run.root, config.run.writers, config_json=config_lib.to_json(config), resume_step=start_step
         )
         self.tokens_per_step = config.data.batch_rows * config.data.row_length
-        self.peak_flops, self.peak_flops_source = _peak_flops(config.model)
+        self.peak_flops, self.peak_flops_source = flops.peak_flops()
         self._logged = (start_step, self._busy_s())
 
     def run_to(self, last_step: int, state: TrainState) -> TrainResult:
@@ -240,7 +275,10 @@ class _Loop:
         values = jax.device_get(metrics)
         if not values["ok"]:
             entry = self.ledger.skip(
-                step, loss=values["loss"], grad_norm=values["grad_norm"], reason=REASONS[int(values["reason"])]
+                step,
+                loss=values["loss"],
+                grad_norm=values["grad_norm"],
+                reason=REASONS[int(values["reason"])],
             )
             progress.say(f"step {step} skipped: {entry['reason']}")
             if values["consecutive_skips"] >= self.config.health.max_consecutive_skips:
@@ -256,7 +294,9 @@ class _Loop:
         self._logged = (step, busy_s)
         by_source = {
             label: float(nll / weight)
-            for label, nll, weight in zip(self.data.labels, values["nll_by_source"], values["weight_by_source"], strict=True)
+            for label, nll, weight in zip(
+                self.data.labels, values["nll_by_source"], values["weight_by_source"], strict=True
+            )
             if weight > 0
         }
         line = {
@@ -332,7 +372,7 @@ class _Loop:
             "train_tokens": step * self.tokens_per_step,
             "steps": step,
             "num_steps": self.config.run.num_steps,
-            "params": flops.params_count(self.config.model, self.data.tokenizer.vocab_size).total,
+            "params": flops.params_count(state.params),
             "params_sha256": params_sha256(state.params),
             "tokens_per_second": rate,
             "mfu": self._mfu(rate),
@@ -366,14 +406,6 @@ class _Loop:
         return found
 
 
-def _peak_flops(model: ModelConfig) -> tuple[float, str]:
-    """FLOP/s of all devices together, and where the figure comes from."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return flops.measured_matmul_flops(dtype=model.dtype), f"measured 1024x1024 {model.dtype} matmul"
-    return flops.peak_flops(device.device_kind) * jax.device_count(), "data sheet, bfloat16"
-
-
 def _every(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
@@ -405,5 +437,7 @@ def _closing_lines(summary: Mapping[str, Any]) -> str:
         "xz": "xz -9e, same bytes",
     }
     lines = [f"held-out bits per byte, {summary['val_bytes']:,} bytes"]
-    lines += [f"  {value:7.4f}  {names[key]}" for key, value in sorted(scores.items(), key=lambda item: item[1])]
+    lines += [
+        f"  {value:7.4f}  {names[key]}" for key, value in sorted(scores.items(), key=lambda item: item[1])
+    ]
     return "\n".join(lines)
