@@ -1,6 +1,7 @@
 """Documents from Hugging Face `datasets` (extra `[hf]`; a config imports this file)."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ class HfSource:
     config: HfDatasetsConfig
     loaded: Any
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """Of the rows: the library's own fingerprint also counts how and where they were made."""
         digest = hashlib.sha256()

@@ -10,6 +10,7 @@ Letters: B rows, T targets in a row, T1 = T + 1 positions.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -61,7 +62,7 @@ class RowFormat:
     row_length: int
     vocab_size: int
 
-    @property
+    @functools.cached_property
     def dtypes(self) -> dict[str, str]:
         """By field, in the order of the record; as narrow as the values allow."""
         return {
@@ -71,12 +72,20 @@ class RowFormat:
             "weights": "<f2",
         }
 
-    @property
-    def record_bytes(self) -> int:
-        return sum(self._count(field) * np.dtype(dtype).itemsize for field, dtype in self.dtypes.items())
+    @functools.cached_property
+    def _layout(self) -> list[tuple[np.dtype, int, int]]:
+        """(dtype, count, first byte) of each field."""
+        layout, offset = [], 0
+        for field, dtype in self.dtypes.items():
+            count = self.row_length + (field != "weights")
+            layout.append((np.dtype(dtype), count, offset))
+            offset += count * np.dtype(dtype).itemsize
+        return layout
 
-    def _count(self, field: str) -> int:
-        return self.row_length + (field != "weights")
+    @functools.cached_property
+    def record_bytes(self) -> int:
+        dtype, count, offset = self._layout[-1]
+        return offset + count * dtype.itemsize
 
     def encode(self, row: Row) -> bytes:
         """A row as one record."""
@@ -86,15 +95,9 @@ class RowFormat:
         """Write a record into place `index` of `rows`; ValueError when it is no row of this format."""
         if len(record) != self.record_bytes:
             raise ValueError(f"it has {len(record)} bytes, a row has {self.record_bytes}")
-        offset = 0
-        for (field, dtype), target in zip(
-            self.dtypes.items(),
-            (rows.tokens_BT1, rows.segment_ids_BT1, rows.positions_BT1, rows.weights_BT),
-            strict=True,
-        ):
-            count = self._count(field)
+        targets = (rows.tokens_BT1, rows.segment_ids_BT1, rows.positions_BT1, rows.weights_BT)
+        for target, (dtype, count, offset) in zip(targets, self._layout, strict=True):
             target[index] = np.frombuffer(record, dtype, count, offset)
-            offset += count * np.dtype(dtype).itemsize
         largest = int(rows.tokens_BT1[index].max())
         if largest >= self.vocab_size:
             raise ValueError(f"it holds token {largest}, the vocabulary ends at {self.vocab_size}")

@@ -7,6 +7,7 @@ an error that names file and line, or, with `on_bad_record="count"`, a `BadRecor
 import abc
 import ast
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -480,7 +481,7 @@ class MemorySource:
 
     config: MemoryConfig
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         return hashlib.sha256(json.dumps(to_json(self.config.documents)).encode()).hexdigest()
 
