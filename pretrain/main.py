@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.allocator import keep_heap
 from pretrain.checkpoint import AllCheckpointsBad, NoCheckpoint
 from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
 from pretrain.health import TooManySkips
@@ -12,6 +13,7 @@ from pretrain.train import TrainConfig, train
 
 def main(argv: Sequence[str]) -> int:
     """Run one training job; the return value is the process' exit code (2: bad input)."""
+    keep_heap()
     try:
         path, overrides = parse_argv(argv)
         config = apply_overrides(load_config(path), overrides)
