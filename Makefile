@@ -20,7 +20,7 @@ test-slow: venv  ## optional packages, real small models, ahead-of-time compiles
 	$(RUN) -m pytest -q -m slow
 
 check: venv  ## format, lint, types, then the default tests
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -qq -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -30,7 +30,7 @@ venv:
 	@if [ "$$(cat $(VENV)/stamp 2>/dev/null)" != "$(STAMP)" ]; then \
 	  echo "installing into $(VENV)"; \
 	  $(PYTHON) -m venv --clear $(VENV) && \
-	  $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e . && \
+	  $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e . && \
 	  echo "$(STAMP)" > $(VENV)/stamp; \
 	fi
 
