@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
-from pretrain.sharding import ACTIVATION_RULES, PARAM_RULES, current_mesh, partition_spec, place
+from pretrain.sharding import ACTIVATION_RULES, PARAM_RULES, axis_names, current_mesh, partition_spec, place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,8 +254,10 @@ def _spread(function: Any, hidden_BTD: Any, head_DV: Any, arrays_BT: tuple, outp
     hidden_spec = partition_spec(("batch", "time", None), hidden_BTD.shape, ACTIVATION_RULES, mesh)
     token_spec = jax.sharding.PartitionSpec(*hidden_spec[:2])
     axis = head_spec[1]
-    gathered = _names(head_spec[0])
-    summed = tuple(name for name in _names(hidden_spec[0]) + _names(hidden_spec[1]) if name not in gathered)
+    gathered = axis_names(head_spec[0])
+    summed = tuple(
+        name for name in axis_names(hidden_spec[0]) + axis_names(hidden_spec[1]) if name not in gathered
+    )
 
     def local(hidden: jax.Array, head: jax.Array, *arrays: jax.Array) -> tuple:
         whole = head.astype(dtype)
@@ -275,11 +277,6 @@ def _spread(function: Any, hidden_BTD: Any, head_DV: Any, arrays_BT: tuple, outp
     # Nothing differentiates through this shard_map (gradients are outputs), so the check of what varies
     # over which axis, made for transposition, is off.
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """A PartitionSpec entry as a tuple of axis names."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _total(static: _Static, nll_BT: jax.Array, lse_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from optax import contrib
 from pretrain.config import ConfigError
 from pretrain.model.layers import ParamSpec
 from pretrain.model.transformer import ModelConfig, param_specs
+from pretrain.sharding import axis_names, axis_size, current_mesh
 
 # --- schedules: step -> factor on the peak rate -------------------------------------------------------
 
@@ -213,28 +214,90 @@ def _adam(config: AdamWConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
 
 
-def _muon(config: MuonConfig, params: Any, width_transfer: bool) -> optax.GradientTransformation:
-    roles = _map_specs(lambda spec, _: "muon" if spec.role == "matrix" else "adam", params)
-    masked = optax.MaskedNode()
-    dimensions = _map_specs(
-        lambda spec, _: (
-            contrib.MuonDimensionNumbers(spec.inputs, spec.outputs) if spec.role == "matrix" else masked
-        ),
-        params,
+class MuonState(NamedTuple):
+    """Steps taken and the momentum of every matrix."""
+
+    count: jax.Array
+    mu: Any
+
+
+def _scale_by_muon(config: MuonConfig, specs: Any) -> optax.GradientTransformation:
+    """As optax.contrib.scale_by_muon with Nesterov momentum, but on any mesh (a test compares them)."""
+
+    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(grads, state.mu, config.momentum, 1)
+        ahead = optax.tree.bias_correction(mu, config.momentum, optax.safe_increment(count))
+        corrected = optax.tree.bias_correction(grads, config.momentum, count)
+        mixed = jax.tree.map(lambda m, g: config.momentum * m + (1 - config.momentum) * g, ahead, corrected)
+        updates = jax.tree.map(
+            lambda spec, x: spec if _is_masked(spec) else orthogonalize(x, spec, config.num_iterations),
+            specs,
+            mixed,
+            is_leaf=lambda x: isinstance(x, ParamSpec) or _is_masked(x),
+        )
+        return updates, MuonState(count, mu)
+
+    return optax.GradientTransformation(
+        lambda params: MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params)), update
     )
 
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def orthogonalize(x: jax.Array, spec: ParamSpec, num_iterations: int) -> jax.Array:
+    """Newton-Schulz of every matrix in a stack [layers, ...], on the mesh in scope.
+
+    Where matrices are split over devices, all-to-all turns pieces of all layers into whole matrices of some
+    layers; these iterate without communication and travel back. A stack that does not divide is padded.
+    """
+    numbers = contrib.MuonDimensionNumbers(spec.inputs, spec.outputs)
+    # Without momentum this transformation is the iteration and nothing else.
+    iteration = contrib.scale_by_muon(
+        ns_steps=num_iterations, beta=0.0, nesterov=False, weight_dimension_numbers=numbers
+    )
+
+    def whole(x: jax.Array) -> jax.Array:
+        return iteration.update(x, iteration.init(x))[0]
+
+    mesh = current_mesh()
+    if mesh is None:
+        return whole(x)
+    layout = jax.typeof(x).sharding.spec
+    pieces = [(dim, axis) for dim in spec.inputs + spec.outputs for axis in reversed(axis_names(layout[dim]))]
+    num_layers = x.shape[0]
+    padding = -num_layers % axis_size(mesh, [axis for _, axis in pieces])
+
+    def local(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        for dim, axis in pieces:
+            x = jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=dim, tiled=True)
+        x = whole(x)
+        for dim, axis in reversed(pieces):
+            x = jax.lax.all_to_all(x, axis, split_axis=dim, concat_axis=0, tiled=True)
+        return x[:num_layers]
+
+    return jax.shard_map(local, in_specs=layout, out_specs=layout)(x)
+
+
+def _muon(config: MuonConfig, params: Any, width_transfer: bool) -> optax.GradientTransformation:
+    roles = _map_specs(lambda spec, _: "muon" if spec.role == "matrix" else "adam", params)
+
     def factor(spec: ParamSpec, value: Any) -> Any:
-        if spec.role != "matrix":
-            return masked
         fan_in, fan_out = _sizes(spec, value)
         if width_transfer:
             return math.sqrt(fan_out / fan_in)
         return config.consistent_rms * math.sqrt(max(fan_in, fan_out))
 
-    orthogonal = contrib.scale_by_muon(
-        ns_steps=config.num_iterations, beta=config.momentum, weight_dimension_numbers=dimensions
+    def of_matrices(function: Any) -> Any:
+        return _map_specs(lambda s, v: function(s, v) if s.role == "matrix" else optax.MaskedNode(), params)
+
+    muon = optax.chain(
+        _scale_by_muon(config, of_matrices(lambda spec, _: spec)), _scale_leaves(of_matrices(factor))
     )
-    muon = optax.chain(orthogonal, _scale_leaves(_map_specs(factor, params)))
     return optax.partition({"muon": muon, "adam": _adam(config.adamw)}, roles)
 
 

@@ -124,6 +124,11 @@ def axis_size(mesh: Any, axes: Sequence[str]) -> int:
     return int(np.prod([mesh.shape[axis] for axis in axes], dtype=np.int64))
 
 
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """One entry of a PartitionSpec as a tuple of axis names, major first."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def partition_spec(
     dims: Dims, shape: Sequence[int], rules: Mapping[str, tuple[str, ...]], mesh: Any
 ) -> PartitionSpec:

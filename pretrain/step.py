@@ -28,7 +28,7 @@ from pretrain.model.transformer import (
     init_params,
     param_shardings,
 )
-from pretrain.sharding import DATA_AXES, OnMesh, axis_size, replicated
+from pretrain.sharding import DATA_AXES, OnMesh, activation_spec, axis_size, replicated
 
 Metrics = dict[str, jax.Array]
 # (params, batch) -> sums with at least `objective` (differentiated) and `weight`; all of it adds up.
@@ -158,7 +158,9 @@ def _microbatches(batch: Batch, num_microbatches: int) -> Batch:
     """[B, ..] -> [num_microbatches, B / num_microbatches, ..]; every device splits its own rows."""
 
     def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(-1, num_microbatches, *x.shape[1:]), 1, 0)
+        shape = (x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:])
+        layout = activation_spec(("batch", *[None] * x.ndim), shape)
+        return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=layout), 1, 0)
 
     return jax.tree.map(split, batch)
 
