@@ -132,7 +132,9 @@ class JsonTokenizer:
         try:
             self._tokenizer = HfTokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception, with the reason as its text
-            raise ConfigError(f"a tokenizer file must be a tokenizer.json, got one that fails: {error}") from error
+            raise ConfigError(
+                f"a tokenizer file must be a tokenizer.json, got one that fails: {error}"
+            ) from error
         # Not stored in the file and lost by the library's own pickling: set on every load.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -142,9 +144,13 @@ class JsonTokenizer:
         for role, name in self._names.items():
             found = self._tokenizer.token_to_id(name)
             if found is None:
-                special = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+                special = [
+                    t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special
+                ]
                 known = ", ".join(special[:12]) or "none"
-                faults.append(f"data.tokenizer.{role} must be a token of the file, got {name!r}; its special tokens: {known}")
+                faults.append(
+                    f"data.tokenizer.{role} must be a token of the file, got {name!r}; its special tokens: {known}"
+                )
             ids[role] = found
         if faults:
             raise ConfigError(*faults)
@@ -175,7 +181,9 @@ class JsonTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special ids vanish; bytes that are no UTF-8 (a sample cut inside a character) become U+FFFD."""
-        return self._tokenizer.decode([int(i) for i in ids if i not in self._special], skip_special_tokens=False)
+        return self._tokenizer.decode(
+            [int(i) for i in ids if i not in self._special], skip_special_tokens=False
+        )
 
     def token_bytes(self, token_id: int) -> int:
         token = self._tokenizer.id_to_token(int(token_id))
@@ -247,7 +255,9 @@ class TokenizerFileConfig:
 
     def build(self, root: str, texts: Callable[[int], Iterator[str]]) -> Tokenizer:
         path = Path(root, self.path)
-        tokenizer = JsonTokenizer(read_tokenizer_file(path).decode(), pad=self.pad, bos=self.bos, eos=self.eos, sep=self.sep)
+        tokenizer = JsonTokenizer(
+            read_tokenizer_file(path).decode(errors="replace"), pad=self.pad, bos=self.bos, eos=self.eos, sep=self.sep
+        )
         if self.require_lossless:
             check_lossless(tokenizer, str(path))
         return tokenizer
@@ -258,7 +268,9 @@ def read_tokenizer_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"data.tokenizer.path must name a readable file, got {path}: {error.strerror}") from error
+        raise ConfigError(
+            f"data.tokenizer.path must name a readable file, got {path}: {error.strerror}"
+        ) from error
 
 
 def check_lossless(tokenizer: Tokenizer, name: str) -> None:

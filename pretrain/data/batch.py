@@ -23,4 +23,4 @@ class Batch:
     segment_ids_BT1: Int[Array, "B T1"]  # 1, 2, .. per document, 0 on padding
     positions_BT1: Int[Array, "B T1"]  # restart in every document
     weights_BT: Float[Array, "B T"]  # of target t + 1
-    source_B: Int[Array, "B"]  # index into the list of source labels
+    source_B: Int[Array, " B"]  # index into the list of source labels

@@ -72,7 +72,11 @@ class _Tokens:
     def take(self, indices: np.ndarray) -> "_Tokens":
         """The same documents in another order."""
         return _Tokens(
-            self.files, self.file[indices], self.start[indices], self.first_length[indices], self.length[indices]
+            self.files,
+            self.file[indices],
+            self.start[indices],
+            self.first_length[indices],
+            self.length[indices],
         )
 
 
@@ -87,7 +91,9 @@ class PackCounts:
     truncated_pairs: int = 0
 
     def __add__(self, other: "PackCounts") -> "PackCounts":
-        return PackCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
+        return PackCounts(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,9 @@ class TableSpec:
         return RowFormat(row_length=self.row_length, vocab_size=self.tokenizer.vocab_size)
 
 
-def build_table(spool: Spool, folder: Path, scratch: Path, spec: TableSpec, jobs: Jobs, progress: Progress) -> None:
+def build_table(
+    spool: Spool, folder: Path, scratch: Path, spec: TableSpec, jobs: Jobs, progress: Progress
+) -> None:
     """Write the table of `spool` into `folder`, which must not exist; `scratch` takes token files.
 
     Raises:
@@ -132,11 +140,18 @@ def build_table(spool: Spool, folder: Path, scratch: Path, spec: TableSpec, jobs
         Job(
             name=f"pack-{spec.name}-{spec.split}-{number:05d}",
             function=pack_shard,
-            arguments=(ordered.take(np.arange(cut.start, cut.stop)), folder / f"{number:05d}.array_record", spec, number),
+            arguments=(
+                ordered.take(np.arange(cut.start, cut.stop)),
+                folder / f"{number:05d}.array_record",
+                spec,
+                number,
+            ),
         )
         for number, cut in enumerate(cuts)
     ]
-    packed: list[tuple[Shard, PackCounts]] = values(_Shown(runner, progress, f"pack {label}", len(packing)), packing)
+    packed: list[tuple[Shard, PackCounts]] = values(
+        _Shown(runner, progress, f"pack {label}", len(packing)), packing
+    )
     shards = [shard for shard, _ in packed]
     counts = sum((c for _, c in packed), PackCounts())
     positions = sum(shard.rows for shard in shards) * (spec.row_length + 1)
@@ -235,7 +250,9 @@ def _check_pairs(tokens: _Tokens, spool: Spool, spec: TableSpec) -> None:
 
 def pack_shard(tokens: _Tokens, path: Path, spec: TableSpec, number: int) -> tuple[Shard, PackCounts]:
     """Pack the documents of one window into one shard."""
-    files = [np.memmap(f, np.uint32, "r") if f.stat().st_size else np.zeros(0, np.uint32) for f in tokens.files]
+    files = [
+        np.memmap(f, np.uint32, "r") if f.stat().st_size else np.zeros(0, np.uint32) for f in tokens.files
+    ]
     pieces: list[Piece] = []
     cut = dropped = truncated = 0
     for file, start, first_length, length in zip(
@@ -246,13 +263,17 @@ def pack_shard(tokens: _Tokens, path: Path, spec: TableSpec, number: int) -> tup
             found: Sequence[Piece] = document_pieces(ids, spec.row_length, spec.specials)
             cut += len(found) > 1
         else:
-            pair = pair_piece(ids[:first_length], ids[first_length:], spec.row_length, spec.specials, spec.on_overflow)
+            pair = pair_piece(
+                ids[:first_length], ids[first_length:], spec.row_length, spec.specials, spec.on_overflow
+            )
             dropped += pair is None
             truncated += pair is not None and len(pair.tokens) < length + 3
             found = [] if pair is None else [pair]
         pieces += found
     seed = stable_seed("window", spec.seed, number)
-    counter = _Counter(pack_window(pieces, row_length=spec.row_length, pad_id=spec.tokenizer.pad_id, seed=seed))
+    counter = _Counter(
+        pack_window(pieces, row_length=spec.row_length, pad_id=spec.tokenizer.pad_id, seed=seed)
+    )
     shard = write_shard(path, counter, spec.row_format)
     return shard, PackCounts(
         target_tokens=counter.target_tokens,

@@ -44,7 +44,9 @@ class HfDatasetsConfig(SourceConfig):
                 if isinstance(loaded, datasets.DatasetDict):
                     loaded = loaded[self.split]
             else:
-                loaded = datasets.load_dataset(self.path, self.subset, split=self.split, revision=self.revision)
+                loaded = datasets.load_dataset(
+                    self.path, self.subset, split=self.split, revision=self.revision
+                )
         except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
             raise ConfigError(
                 f"data.sources.{self.name}.path must be a dataset of the hub or a folder below data.root, got "

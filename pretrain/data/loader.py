@@ -43,7 +43,9 @@ class StepRows:
     def row_ids(self, step: int) -> list[tuple[int, int]]:
         """(source, row of its table) of every slot of the global batch."""
         source_B, element_B = self._plan.slots(step)
-        return [(s, self._orders[s].row(k)) for s, k in zip(source_B.tolist(), element_B.tolist(), strict=True)]
+        return [
+            (s, self._orders[s].row(k)) for s, k in zip(source_B.tolist(), element_B.tolist(), strict=True)
+        ]
 
     def __getitem__(self, step: int) -> Rows:
         source_B, element_B = self._plan.slots(step)
@@ -133,7 +135,9 @@ class RowBatches:
     def _sharding(self, batch_rows: int) -> NamedSharding | None:
         if self._mesh is None:
             return None
-        return NamedSharding(self._mesh, partition_spec(("batch",), (batch_rows,), ACTIVATION_RULES, self._mesh))
+        return NamedSharding(
+            self._mesh, partition_spec(("batch",), (batch_rows,), ACTIVATION_RULES, self._mesh)
+        )
 
     def _slots(self, batch_rows: int) -> Sequence[int]:
         """Slots of the global batch that devices of this process hold, in order."""

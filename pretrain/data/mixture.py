@@ -132,14 +132,18 @@ class MixturePlan:
                 if name not in num_rows:
                     faults.append(f"data.stages must weigh the sources {', '.join(self.names)}, got {name!r}")
                 elif weight > 0 and not num_rows[name]:
-                    faults.append(f"data.stages must weigh sources that have train rows, got {name!r}, which has none")
+                    faults.append(
+                        f"data.stages must weigh sources that have train rows, got {name!r}, which has none"
+                    )
         if faults:
             raise ConfigError(*faults)
         self._steps = [stage.start_step for stage in batch_stages]
         self._batch_rows = [stage.batch_rows for stage in batch_stages]
         self._rows = [0]
         for i in range(1, len(batch_stages)):
-            self._rows.append(self._rows[-1] + (self._steps[i] - self._steps[i - 1]) * self._batch_rows[i - 1])
+            self._rows.append(
+                self._rows[-1] + (self._steps[i] - self._steps[i - 1]) * self._batch_rows[i - 1]
+            )
         self._caps = [
             None if (cap := (max_epochs or {}).get(name)) is None else math.floor(cap * num_rows[name])
             for name in self.names
@@ -181,7 +185,9 @@ class MixturePlan:
         """
         feasible = self.num_feasible_steps
         if feasible is not None and num_steps > feasible:
-            caps = ", ".join(f"{n}: {c} rows" for n, c in zip(self.names, self._caps, strict=True) if c is not None)
+            caps = ", ".join(
+                f"{n}: {c} rows" for n, c in zip(self.names, self._caps, strict=True) if c is not None
+            )
             raise ConfigError(
                 f"max_epochs of data.sources must leave rows for every step, they end after step {feasible} of "
                 f"{num_steps} ({caps}); raise a max_epochs, weigh a source without one, or set run.num_steps={feasible}"
@@ -226,14 +232,19 @@ class MixturePlan:
             end = Fraction(self._stage_rows[i + 1]) if i + 1 < len(stages) else None
             weights = [Fraction(str(float(stage.weights.get(name, 0)))) for name in self.names]
             while end is None or row < end:
-                active = [w > 0 and (c is None or t < c) for w, c, t in zip(weights, self._caps, reached, strict=True)]
+                active = [
+                    w > 0 and (c is None or t < c)
+                    for w, c, t in zip(weights, self._caps, reached, strict=True)
+                ]
                 total = sum((w for w, a in zip(weights, active, strict=True) if a), Fraction(0))
                 if not total:
                     return targets, math.floor(row)
                 share = tuple(w / total if a else Fraction(0) for w, a in zip(weights, active, strict=True))
                 targets.append(_Target(row, tuple(reached), share))
                 full = [
-                    row + (c - t) / s for c, t, s in zip(self._caps, reached, share, strict=True) if s and c is not None
+                    row + (c - t) / s
+                    for c, t, s in zip(self._caps, reached, share, strict=True)
+                    if s and c is not None
                 ]
                 stops = [*full, *([] if end is None else [end])]
                 if not stops:
@@ -289,7 +300,9 @@ class MixturePlan:
         counts = [max(n, math.floor(t)) for n, t in zip(before, targets, strict=True)]
         left = end - sum(counts)
         waiting = [i for i, t in enumerate(targets) if counts[i] < math.ceil(t)]
-        assert 0 <= left <= len(waiting), f"block {block} of the mixture has {left} rows for {len(waiting)} sources"
+        assert 0 <= left <= len(waiting), (
+            f"block {block} of the mixture has {left} rows for {len(waiting)} sources"
+        )
         deadlines = [(d is None, d or 0, i) for i in waiting for d in [self._deadline(i, counts[i] + 1)]]
         for _, _, i in sorted(deadlines)[:left]:
             counts[i] += 1

@@ -23,7 +23,9 @@ class RowOrder:
           ConfigError: more rows than a permutation can have.
         """
         if num_rows >= _MAX_ROWS:
-            raise ConfigError(f"a table must have fewer than 2**31 rows, {source!r} has {num_rows}; split the source")
+            raise ConfigError(
+                f"a table must have fewer than 2**31 rows, {source!r} has {num_rows}; split the source"
+            )
         # A hash, because epochs count the seed up: neighboring seeds would share permutations an epoch apart.
         rows_seed = stable_seed("rows", seed, source) % 2**31
         self._rows = grain.MapDataset.range(num_rows).shuffle(seed=rows_seed).repeat() if num_rows else None

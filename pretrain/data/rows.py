@@ -132,10 +132,14 @@ def write_shard(path: Path, rows: Iterable[Row], row_format: RowFormat) -> Shard
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
-    return Shard(file=path.name, rows=count, bytes=size, sha256=file_sha256(path), rows_sha256=digest.hexdigest())
+    return Shard(
+        file=path.name, rows=count, bytes=size, sha256=file_sha256(path), rows_sha256=digest.hexdigest()
+    )
 
 
-def write_table_manifest(folder: Path, shards: Sequence[Shard], row_format: RowFormat, facts: Mapping[str, Any]) -> None:
+def write_table_manifest(
+    folder: Path, shards: Sequence[Shard], row_format: RowFormat, facts: Mapping[str, Any]
+) -> None:
     """Finish the table in `folder`; `facts` says what its rows are made of."""
     body = {
         "format": _FORMAT,
@@ -166,9 +170,13 @@ def read_sealed(path: Path, expected_format: int = _FORMAT) -> dict[str, Any]:
         body = json.loads(path.read_bytes())
         found = body.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path} must be the manifest of a finished table, got {error!r}; {REBUILD}") from error
+        raise ConfigError(
+            f"{path} must be the manifest of a finished table, got {error!r}; {REBUILD}"
+        ) from error
     if found != _seal(body):
-        raise ConfigError(f"{path} must be as it was written, got other content than its hash {found[:12]} says; {REBUILD}")
+        raise ConfigError(
+            f"{path} must be as it was written, got other content than its hash {found[:12]} says; {REBUILD}"
+        )
     if body.get("format") != expected_format:
         raise ConfigError(
             f"{path} must be of format {expected_format}, got {body.get('format')}: written by another version; {REBUILD}"
@@ -203,7 +211,9 @@ class RowTable:
             self.manifest = read_sealed(self.folder / MANIFEST)
         except FileNotFoundError as error:
             raise ConfigError(f"a row table has a {MANIFEST}, {self.folder} has none; {REBUILD}") from error
-        self.format = RowFormat(row_length=self.manifest["row_length"], vocab_size=self.manifest["vocab_size"])
+        self.format = RowFormat(
+            row_length=self.manifest["row_length"], vocab_size=self.manifest["vocab_size"]
+        )
         instructions = []
         for shard in self.manifest["shards"]:
             path = self.folder / shard["file"]
@@ -256,4 +266,6 @@ class RowTable:
             path = self.folder / shard["file"]
             found = file_sha256(path)
             if found != shard["sha256"]:
-                raise ConfigError(f"shard {path} must have sha256 {shard['sha256'][:12]}, got {found[:12]}; {REBUILD}")
+                raise ConfigError(
+                    f"shard {path} must have sha256 {shard['sha256'][:12]}, got {found[:12]}; {REBUILD}"
+                )

@@ -78,7 +78,9 @@ class SourceConfig(abc.ABC):
     def __post_init__(self):
         faults = []
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name[0] in ".-":
-            faults.append(f"name must be letters, digits, '-', '_' or '.', got {self.name!r}; it names a folder")
+            faults.append(
+                f"name must be letters, digits, '-', '_' or '.', got {self.name!r}; it names a folder"
+            )
         if self.max_epochs is not None and self.max_epochs <= 0:
             faults.append(f"max_epochs must be positive or none, got {self.max_epochs}")
         if self.heldout_percent is not None and not 0 <= self.heldout_percent <= 100:
@@ -139,7 +141,9 @@ def find_files(root: str, path: str, name: str) -> list[tuple[str, Path]]:
     if not files:
         where = f"data.root is {root!r}" if root else "data.root is not set"
         near = _near_file(Path(root, path))
-        raise ConfigError(f"data.sources.{name}.path must name a corpus file, got {path!r}, which is not there ({where}){near}")
+        raise ConfigError(
+            f"data.sources.{name}.path must name a corpus file, got {path!r}, which is not there ({where}){near}"
+        )
     return [(p.relative_to(base).as_posix(), p) for p in files]
 
 
@@ -202,7 +206,9 @@ def checked_text(value: Any, key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"field {key!r} holds half a surrogate pair at character {error.start}, which is no Unicode") from error
+        raise ValueError(
+            f"field {key!r} holds half a surrogate pair at character {error.start}, which is no Unicode"
+        ) from error
     return value
 
 
@@ -213,7 +219,9 @@ def document_of(record: Any, where: str, config: Any) -> TextDocument:
     values = {}
     for key in filter(None, (config.text_key, config.first_key)):
         if key not in record:
-            raise ValueError(f"the record has no field {key!r}; it has: {', '.join(sorted(map(str, record))[:8])}")
+            raise ValueError(
+                f"the record has no field {key!r}; it has: {', '.join(sorted(map(str, record))[:8])}"
+            )
         values[key] = checked_text(record[key], key)
     identity = record.get(config.id_key)
     return TextDocument(
@@ -309,7 +317,9 @@ class FolderConfig(SourceConfig):
     def build(self, root: str) -> TextSource:
         folder = Path(root, self.path)
         if not folder.is_dir():
-            raise ConfigError(f"data.sources.{self.name}.path must name a folder, got {str(folder)!r}, which is none")
+            raise ConfigError(
+                f"data.sources.{self.name}.path must name a folder, got {str(folder)!r}, which is none"
+            )
         return FileSource(self, find_files(str(folder), self.glob, self.name), _read_text_file)
 
 
@@ -375,7 +385,9 @@ class ArrayRecordConfig(SourceConfig):
         return FileSource(self, find_files(root, self.path, self.name), _read_array_record)
 
 
-def _read_array_record(name: str, path: Path, config: ArrayRecordConfig) -> Iterator[TextDocument | BadRecord]:
+def _read_array_record(
+    name: str, path: Path, config: ArrayRecordConfig
+) -> Iterator[TextDocument | BadRecord]:
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
     except RuntimeError as error:
@@ -411,7 +423,9 @@ class StdlibConfig(SourceConfig):
 
 
 _TOPICS = "pydoc_data/topics.py"
-_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"})
+_LEFT_OUT = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -459,7 +473,9 @@ class StdlibSource:
         topics = next(
             ast.literal_eval(node.value)
             for node in ast.parse(text).body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "topics"
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id == "topics"
         )
         for topic in sorted(topics):
             yield TextDocument(f"topics/{topic}", topics[topic], self.config.name)

@@ -67,7 +67,9 @@ class DataConfig:
     batch_stages: tuple[BatchStage, ...] = ()
     heldout_percent: float = 1.0
     heldout_max_bytes: int = 1_000_000
-    table_seed: int = 0  # of the split and of the order of documents in a table; runs with other seeds share tables
+    table_seed: int = (
+        0  # of the split and of the order of documents in a table; runs with other seeds share tables
+    )
     root: str = local("")
     jobs: JobsConfig = local(PoolConfig())  # where documents are encoded and packed
     rebuild: bool = local(False)
@@ -89,7 +91,9 @@ class DataConfig:
         for i, stage in enumerate(self.stages):
             unknown = sorted(set(stage.weights) - set(names))
             if unknown:
-                faults.append(f"stages.{i}.weights must name sources ({', '.join(names)}), got {', '.join(unknown)}")
+                faults.append(
+                    f"stages.{i}.weights must name sources ({', '.join(names)}), got {', '.join(unknown)}"
+                )
         if faults:
             raise ValueError("\n".join(faults))
 
@@ -159,7 +163,9 @@ class PreparedData:
             assert self.train_tables[name].folder.parent == folder
 
 
-def _all_rows(tables: Mapping[str, RowTable], max_rows: int | None, rows_at_once: int = 512) -> Iterator[Rows]:
+def _all_rows(
+    tables: Mapping[str, RowTable], max_rows: int | None, rows_at_once: int = 512
+) -> Iterator[Rows]:
     for source, table in enumerate(tables.values()):
         stop = len(table) if max_rows is None else min(max_rows, len(table))
         for start in range(0, stop, rows_at_once):
@@ -199,7 +205,9 @@ def _prepared(data: DataConfig, seed: int, tokenizer: Tokenizer, folders: dict[s
     held = {name: RowTable(folder / "heldout") for name, folder in folders.items()}
     report = {name: read_sealed(folder / _MANIFEST, _FORMAT)["report"] for name, folder in folders.items()}
     if not any(len(table) for table in train.values()):
-        raise ConfigError("data.sources must hold documents to train on, got none; lower data.heldout_percent")
+        raise ConfigError(
+            "data.sources must hold documents to train on, got none; lower data.heldout_percent"
+        )
     if data.heldout_percent > 0 and not any(len(table) for table in held.values()):
         documents = sum(table.manifest["documents"] for table in train.values())
         raise ConfigError(
@@ -365,7 +373,9 @@ class _Keeper:
     def build(self) -> tuple[Tokenizer, dict[str, Path]]:
         """Build what `find` does not find. The caller holds the lock."""
         tokenizer = self._find_tokenizer()
-        with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=self._home, ignore_cleanup_errors=True) as scratch_name:
+        with tempfile.TemporaryDirectory(
+            prefix=_BUILDING, dir=self._home, ignore_cleanup_errors=True
+        ) as scratch_name:
             scratch = Path(scratch_name)
             wanted = [o for o in self._opened if tokenizer is None or not self._usable(o, tokenizer)]
             read = {o.name: _read_source(o, scratch / f"read-{o.name}", self._progress) for o in wanted}
@@ -391,7 +401,9 @@ class _Keeper:
                     return
 
         if not any(len(r.train) for r in read.values()):
-            raise ConfigError("data.tokenizer is trained on train documents, got none; lower data.heldout_percent")
+            raise ConfigError(
+                "data.tokenizer is trained on train documents, got none; lower data.heldout_percent"
+            )
         tokenizer = self._data.tokenizer.build(self._data.root, texts)
         building = scratch / "tokenizer"
         building.mkdir()
@@ -408,10 +420,14 @@ class _Keeper:
         _move_into_place(building, self._tokenizer_folder)
         return tokenizer
 
-    def _build_source(self, o: _Opened, read: "_Read", tokenizer: Tokenizer, scratch: Path, jobs: Jobs) -> None:
+    def _build_source(
+        self, o: _Opened, read: "_Read", tokenizer: Tokenizer, scratch: Path, jobs: Jobs
+    ) -> None:
         data, building = self._data, scratch / o.name
         building.mkdir()
-        chosen, unused = _choose_heldout(read.heldout, data.heldout_max_bytes, scratch / f"heldout-{o.name}", data.table_seed)
+        chosen, unused = _choose_heldout(
+            read.heldout, data.heldout_max_bytes, scratch / f"heldout-{o.name}", data.table_seed
+        )
         seconds = -time.monotonic()
         for split, spool in (("train", read.train), ("heldout", chosen)):
             spec = TableSpec(
@@ -422,7 +438,9 @@ class _Keeper:
                 on_overflow=o.config.on_overflow,
                 seed=stable_seed("table", data.table_seed, o.name, split),
             )
-            build_table(spool, building / split, scratch / f"tokens-{o.name}-{split}", spec, jobs, self._progress)
+            build_table(
+                spool, building / split, scratch / f"tokens-{o.name}-{split}", spec, jobs, self._progress
+            )
         seconds += time.monotonic()
         _write_documents(building / _HELDOUT, chosen)
         train, held = RowTable(building / "train"), RowTable(building / "heldout")
@@ -458,7 +476,10 @@ def describe(name: str, report: Mapping[str, Any]) -> str:
         (report["bad_records"], "bad records left out"),
         (report["empty_documents"], "empty documents left out"),
         (train["repeated_ids"] + held["repeated_ids"], "documents with the id of another"),
-        (train["cut_documents"] + held["cut_documents"], "documents longer than a row cut into overlapping pieces"),
+        (
+            train["cut_documents"] + held["cut_documents"],
+            "documents longer than a row cut into overlapping pieces",
+        ),
         (train["dropped_pairs"] + held["dropped_pairs"], "pairs longer than a row dropped"),
         (train["truncated_pairs"] + held["truncated_pairs"], "pairs longer than a row truncated"),
     ):
@@ -470,7 +491,9 @@ def describe(name: str, report: Mapping[str, Any]) -> str:
 def _summary(table: RowTable) -> dict[str, Any]:
     manifest = table.manifest
     fields = ("documents", "pairs", "text_bytes", "repeated_ids", "rows", "fill_fraction")
-    fields += tuple(field.name for field in dataclasses.fields(PackCounts) if field.name != "filled_positions")
+    fields += tuple(
+        field.name for field in dataclasses.fields(PackCounts) if field.name != "filled_positions"
+    )
     summary = {field: manifest[field] for field in fields}
     return {**summary, "bytes_per_token": manifest["text_bytes"] / max(1, manifest["target_tokens"])}
 
@@ -514,8 +537,12 @@ def _read_source(o: _Opened, folder: Path, progress: Progress) -> _Read:
             spool = held if heldout(document.id, percent, seed) else train
             done += spool.add(document)
             progress(f"read {o.name}", done, max(done, total) if total else 0)
-    if {k: v for k, v in _dates(o).items() if k != "looked_ns"} != {k: v for k, v in dates.items() if k != "looked_ns"}:
-        raise ConfigError(f"the corpus data.sources.{o.name} must not change while it is read, it did; run again")
+    if {k: v for k, v in _dates(o).items() if k != "looked_ns"} != {
+        k: v for k, v in dates.items() if k != "looked_ns"
+    }:
+        raise ConfigError(
+            f"the corpus data.sources.{o.name} must not change while it is read, it did; run again"
+        )
     read = _Read(
         train=train.close(),
         heldout=held.close(),
@@ -660,7 +687,9 @@ def _verify_source(folder: Path) -> None:
     path = folder / _HELDOUT
     found = file_sha256(path) if path.is_file() else "no file"
     if found != manifest["heldout_sha256"]:
-        raise ConfigError(f"{path} must have sha256 {manifest['heldout_sha256'][:12]}, got {found[:12]}; {REBUILD}")
+        raise ConfigError(
+            f"{path} must have sha256 {manifest['heldout_sha256'][:12]}, got {found[:12]}; {REBUILD}"
+        )
     for split in ("train", "heldout"):
         RowTable(folder / split).verify()
 
