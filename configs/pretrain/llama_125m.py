@@ -1,0 +1,32 @@
+"""A 125M decoder in the manner of Llama 3 on one accelerator; bring a corpus with data.root and data.sources.
+
+Command: python -m pretrain.main --config configs/pretrain/llama_125m.py data.root=FOLDER
+Not run yet on the hardware it is meant for.
+"""
+
+from pretrain.data.source import JsonlConfig
+from pretrain.data.tables import DataConfig
+from pretrain.model.transformer import LayerKind, ModelConfig, Rope
+from pretrain.optim import MuonConfig, OptimConfig, Wsd
+from pretrain.tokenizer import BpeConfig
+from pretrain.train import RunConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=12, width=768, num_heads=12, num_kv_heads=4, head_width=64, hidden_width=2048, tied_head=True,
+            layer_pattern=(LayerKind(rope=Rope(theta=500_000.0)),), remat="save_attention",
+        ),  # fmt: skip
+        data=DataConfig(
+            sources=(JsonlConfig(name="corpus", path="*.jsonl*"),),
+            tokenizer=BpeConfig(vocab_size=32_768),
+            row_length=2048,
+            batch_rows=128,
+            heldout_percent=0.1,
+        ),
+        optim=OptimConfig(
+            method=MuonConfig(), peak_lr=3e-3, schedule=Wsd(num_warmup_steps=500, decay_fraction=0.2)
+        ),
+        run=RunConfig(num_steps=20_000, num_microbatches=4, eval_every_steps=1000),
+    )
