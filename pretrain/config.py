@@ -84,7 +84,9 @@ def parse_argv(argv: Sequence[str]) -> tuple[str, list[str]]:
         elif argument.startswith("--config="):
             path = argument.removeprefix("--config=")
         elif argument.startswith("-") or "=" not in argument:
-            faults.append(f"arguments are --config FILE and key=value, got {argument!r}; write e.g. run.num_steps=100")
+            faults.append(
+                f"arguments are --config FILE and key=value, got {argument!r}; write e.g. run.num_steps=100"
+            )
         else:
             overrides.append(argument)
     if path is None:
@@ -142,7 +144,9 @@ def _apply(value: Any, tree: Mapping[str, Any], prefix: str, faults: list[str]) 
             if dataclasses.is_dataclass(old) or isinstance(old, tuple):
                 changes[key] = _apply(old, new, f"{path}.", faults)
             else:
-                faults.append(f"{path} is a value of type {_type_name(hints[key])}, it has no field {next(iter(new))!r}")
+                faults.append(
+                    f"{path} is a value of type {_type_name(hints[key])}, it has no field {next(iter(new))!r}"
+                )
             continue
         try:
             changes[key] = _parse(new, hints[key])
@@ -265,7 +269,9 @@ def _coerce(value: Any, hint: Any) -> Any:
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if isinstance(hint, type) and not (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
+    if isinstance(hint, type) and not (
+        isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    ):
         raise ValueError(value)
     return value
 

@@ -28,6 +28,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, UInt32
 
+from pretrain.sharding import in_turn
+
 Tree = TypeVar("Tree")
 
 EXIT_HANG = 5
@@ -257,7 +259,7 @@ _hash_leaf = jax.jit(leaf_hash)
 
 def hash_leaves(tree: Any) -> list[UInt32[Array, "2"]]:
     """`leaf_hash` of every leaf, in the order of `named_leaves`. Dispatched like any step: read it later."""
-    return [_hash_leaf(leaf) for leaf in named_leaves(tree).values()]
+    return [in_turn(_hash_leaf(leaf)) for leaf in named_leaves(tree).values()]
 
 
 def hash_text(pair: Any) -> str:

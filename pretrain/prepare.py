@@ -19,7 +19,9 @@ def main(argv: Sequence[str]) -> int:
         path, overrides = parse_argv(argv)
         config = apply_overrides(load_config(path), overrides)
         if not isinstance(config, TrainConfig):
-            raise ConfigError(f"{path} must return a TrainConfig for pretrain.prepare, got {type(config).__name__}")
+            raise ConfigError(
+                f"{path} must return a TrainConfig for pretrain.prepare, got {type(config).__name__}"
+            )
         data = prepare_tables(config.data, config.run.workdir, config.run.seed)
         data.verify()
         print(report_text(data))

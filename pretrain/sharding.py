@@ -193,6 +193,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def in_turn(result: Any) -> Any:
+    """`result`, computed before the next program starts where it lies on several CPU devices.
+
+    XLA:CPU runs the parts of a program on one pool of threads. Two programs with collectives in flight can each
+    hold threads that the other's parts wait for; the process then aborts after 40 seconds. Accelerators run
+    programs in the order of their dispatch, and nothing is waited for there.
+    """
+    for leaf in jax.tree.leaves(result):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            devices = leaf.sharding.device_set
+            if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+                return jax.block_until_ready(result)
+            return result
+    return result
+
+
 class OnMesh:
     """A jitted function that is always traced and called with `mesh` in scope."""
 
@@ -204,7 +220,7 @@ class OnMesh:
 
     def __call__(self, *arguments: Any) -> Any:
         with self._scope():
-            return self._function(*arguments)
+            return in_turn(self._function(*arguments))
 
     def lower(self, *arguments: Any) -> Any:
         """As `jax.jit(f).lower`."""

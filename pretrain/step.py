@@ -28,7 +28,7 @@ from pretrain.model.transformer import (
     init_params,
     param_shardings,
 )
-from pretrain.sharding import DATA_AXES, OnMesh, activation_spec, axis_size, replicated
+from pretrain.sharding import DATA_AXES, OnMesh, activation_spec, axis_size, in_turn, replicated
 
 Metrics = dict[str, jax.Array]
 # (params, batch) -> sums with at least `objective` (differentiated) and `weight`; all of it adds up.
@@ -148,7 +148,7 @@ def init_state(
         )
         params = jax.device_put(params, layouts.params)
     make = functools.partial(new_state, optimizer=optimizer, health=health)
-    return jax.jit(make, out_shardings=layouts)(params)
+    return in_turn(jax.jit(make, out_shardings=layouts)(params))
 
 
 # --- the steps ---------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ _DEVICES = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# Eight devices share one pool of threads; two programs with collectives in flight must both find room in it.
+os.environ.setdefault("PJRT_NPROC", "32")
 
 # Compilation makes the first example slow and later ones fast, so a deadline would only measure the cache.
 # Derandomized: a default test that fails must fail again on the next machine.

@@ -11,6 +11,7 @@ into the work folder; exit code 1 when anything differs or a start fails by itse
 import argparse
 import collections
 import json
+import os
 import random
 import subprocess
 import sys
@@ -40,13 +41,25 @@ def last_line(path: Path) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines else None
 
 
-def phase_on_disk(run: RunDir, *, eval_every_steps: int | None, last_step: int) -> str:
+def unfinished_checkpoints(run: RunDir) -> set[tuple[str, int]]:
+    """Name and inode of each step folder that is being written or was when its process died."""
+    if not run.checkpoints.is_dir():
+        return set()
+    finished = {str(step) for step in saved_steps(run.checkpoints)}
+    entries = [(entry.name, entry.inode()) for entry in os.scandir(run.checkpoints)]
+    return {
+        (name, inode)
+        for name, inode in entries
+        if "orbax-checkpoint-tmp" in name or (name.isdigit() and name not in finished)
+    }
+
+
+def phase_on_disk(
+    run: RunDir, *, eval_every_steps: int | None, last_step: int, leftovers: set[tuple[str, int]]
+) -> str:
     """What a run that has begun its steps is doing, told by its folder alone."""
-    if run.checkpoints.is_dir():
-        names = [p.name for p in run.checkpoints.iterdir()]
-        finished = {str(step) for step in saved_steps(run.checkpoints)}
-        if any("orbax-checkpoint-tmp" in name or (name.isdigit() and name not in finished) for name in names):
-            return "checkpoint"
+    if unfinished_checkpoints(run) - leftovers:
+        return "checkpoint"
     line = last_line(run.metrics_jsonl)
     if line is not None and line["kind"] == "train":
         step = line["step"]
@@ -60,6 +73,7 @@ class Watcher:
 
     def __init__(self, run: RunDir, *, eval_every_steps: int | None, last_step: int):
         self._run, self._eval_every_steps, self._last_step = run, eval_every_steps, last_step
+        self._leftovers = unfinished_checkpoints(run)
         self._file = self._state()
         self._begun = False
 
@@ -80,7 +94,12 @@ class Watcher:
             self._file = now
         if not self._begun:
             return "startup"
-        return phase_on_disk(self._run, eval_every_steps=self._eval_every_steps, last_step=self._last_step)
+        return phase_on_disk(
+            self._run,
+            eval_every_steps=self._eval_every_steps,
+            last_step=self._last_step,
+            leftovers=self._leftovers,
+        )
 
 
 class Harness:

@@ -280,7 +280,7 @@ def pack_shard(tokens: _Tokens, path: Path, spec: TableSpec, number: int) -> tup
         filled_positions=counter.filled_positions,
         cut_documents=cut,
         dropped_pairs=dropped,
-        truncated_pairs=truncated,
+        truncated_pairs=int(truncated),
     )
 
 

@@ -390,6 +390,8 @@ def _read_array_record(
 ) -> Iterator[TextDocument | BadRecord]:
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
+        if not reader.ok():  # a file that is none has no records and fails when it is closed
+            reader.close()
     except RuntimeError as error:
         yield bad_record(config, path, None, ValueError(f"not a readable ArrayRecord file ({error})"))
         return
@@ -405,7 +407,6 @@ def _read_array_record(
             raise
         except (ValueError, RuntimeError) as error:
             yield bad_record(config, path, index, ValueError(str(error)))
-    reader.close()
 
 
 # --- no files of the user ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -57,11 +58,11 @@ class Spool:
 
 
 class SpoolWriter:
-    """Writes a `Spool`; memory grows by 32 bytes a document."""
+    """Writes a `Spool`; memory grows by 32 bytes a document. Leaving its context closes the file."""
 
     def __init__(self, path: Path, seed: int):
         self._path, self._seed = path, seed
-        self._file = open(path, "wb")  # closed by `close`
+        self._file = open(path, "wb")  # closed by `close` or on leaving the context
         self._digest = hashlib.sha256()
         self._starts, self._id_bytes = array.array("q", [0]), array.array("q")
         self._first_bytes, self._order_key = array.array("q"), array.array("q")
@@ -81,7 +82,14 @@ class SpoolWriter:
         self._order_key.append(stable_seed("order", self._seed, document.id))
         return len(data)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
     def close(self) -> Spool:
+        """Finish the file."""
         self._file.close()
         return Spool(
             path=self._path,

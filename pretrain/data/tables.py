@@ -520,26 +520,24 @@ def _read_source(o: _Opened, folder: Path, progress: Progress) -> _Read:
     """
     folder.mkdir()
     percent, seed = o.data.heldout_percent_of(o.config), o.data.table_seed
-    train, held = SpoolWriter(folder / "train", seed), SpoolWriter(folder / "heldout", seed)
     dates = _dates(o)
     content = {"identity": o.source.identity, "files": [[n, _size(p), file_hash(p)] for n, p in o.files()]}
     compressed = any(Path(name).suffix in (".gz", ".zst") for name, _ in o.files())
     total = 0 if compressed else sum(size for _, size, _ in content["files"])
     bad: list[BadRecord] = []
     num_bad = num_empty = done = 0
-    for document in o.source.documents():
-        if isinstance(document, BadRecord):
-            num_bad += 1
-            bad += [document] if len(bad) < _SHOWN_BAD_RECORDS else []
-        elif not document.text:
-            num_empty += 1
-        else:
-            spool = held if heldout(document.id, percent, seed) else train
-            done += spool.add(document)
-            progress(f"read {o.name}", done, max(done, total) if total else 0)
-    if {k: v for k, v in _dates(o).items() if k != "looked_ns"} != {
-        k: v for k, v in dates.items() if k != "looked_ns"
-    }:
+    with SpoolWriter(folder / "train", seed) as train, SpoolWriter(folder / "heldout", seed) as held:
+        for document in o.source.documents():
+            if isinstance(document, BadRecord):
+                num_bad += 1
+                bad += [document] if len(bad) < _SHOWN_BAD_RECORDS else []
+            elif not document.text:
+                num_empty += 1
+            else:
+                spool = held if heldout(document.id, percent, seed) else train
+                done += spool.add(document)
+                progress(f"read {o.name}", done, max(done, total) if total else 0)
+    if _dates(o)["files"] != dates["files"]:
         raise ConfigError(
             f"the corpus data.sources.{o.name} must not change while it is read, it did; run again"
         )
@@ -579,20 +577,21 @@ def _choose_heldout(spool: Spool, max_bytes: int, path: Path, seed: int) -> tupl
 
     A pair is taken whole or not at all.
     """
-    writer, left, taken = SpoolWriter(path, seed), max_bytes, 0
+    left, taken = max_bytes, 0
     order = spool.in_random_order()
-    for document in spool.documents(order):
-        text = document.text.encode()
-        if len(text) > left and document.first is not None:
-            break
-        part = text[:left].decode(errors="ignore")  # drops the character that the cut halves
-        if part:
-            writer.add(dataclasses.replace(document, text=part))
-            taken += 1
-        left -= len(text)
-        if left <= 0:
-            break
-    return writer.close(), len(order) - taken
+    with SpoolWriter(path, seed) as writer:
+        for document in spool.documents(order):
+            text = document.text.encode()
+            if len(text) > left and document.first is not None:
+                break
+            part = text[:left].decode(errors="ignore")  # drops the character that the cut halves
+            if part:
+                writer.add(dataclasses.replace(document, text=part))
+                taken += 1
+            left -= len(text)
+            if left <= 0:
+                break
+        return writer.close(), len(order) - taken
 
 
 def _write_documents(path: Path, spool: Spool) -> None:

@@ -554,6 +554,34 @@ def test_a_refused_save_is_one_clear_line_and_leaves_the_older_step(tmp_path):
 
 
 @orbax_debris
+def test_a_full_disk_is_one_clear_line_and_training_can_save_again(tmp_path):
+    point = tmp_path / "disk"
+    point.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", point], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"this user may not mount a small disk: {mounted.stderr.decode().strip()}")
+    try:
+        writer = open_folder(point / "checkpoints")
+        save_and_wait(writer, make_state(1), 1)
+        before = snapshot(point)
+        with pytest.raises(ConfigError, match=r"run folder must be writable.*the disk is full"):
+            save_and_wait(writer, make_state(2, width=65536), 2)
+        assert snapshot(point) == before, "what the refused save had written is gone"
+        save_and_wait(writer, make_state(3), 3)
+        assert writer.steps() == [1, 3]
+        writer.close()
+        subprocess.run(["mount", "-o", "remount,ro", point], check=True)
+        with pytest.raises(ConfigError, match="Read-only file system"):
+            save_and_wait(open_folder(point / "checkpoints"), make_state(4), 4)
+        restored = open_folder(point / "checkpoints").restore_latest(abstract(make_state(0)))
+        assert restored is not None
+        assert restored[1] == 3, "a read-only folder can be read"
+    finally:
+        gc.collect()
+        subprocess.run(["umount", point], check=True)
+
+
+@orbax_debris
 def test_poll_raises_what_the_background_ran_into(tmp_path):
     writer = open_folder(tmp_path / "run" / "checkpoints")
     writer.poll()

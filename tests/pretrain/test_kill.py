@@ -66,6 +66,16 @@ def test_resuming_is_startup_until_a_line_is_appended(tool, tmp_path):
     assert watcher.phase() == "step"
 
 
+def test_what_a_killed_start_left_is_not_a_checkpoint_of_this_one(tool, tmp_path):
+    run = RunDir(tmp_path)
+    (run.checkpoints / "4").mkdir(parents=True)
+    watcher = tool.Watcher(run, eval_every_steps=None, last_step=10)
+    append(run, step=1, kind="train")
+    assert watcher.phase() == "step"
+    (run.checkpoints / "6.orbax-checkpoint-tmp").mkdir()
+    assert watcher.phase() == "checkpoint"
+
+
 def test_an_unfinished_line_is_not_read(tool, tmp_path):
     assert tool.last_line(tmp_path / "metrics.jsonl") is None
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')

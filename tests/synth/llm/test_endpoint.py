@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 import pytest
 
-from pretrain.config import ConfigError
-from synth.document import Document
-from synth.entigraph.relations import EntiGraph
-from synth.llm.api import BadRequest, LostCall, Overloaded, Request
-from synth.llm.endpoint import EndpointConfig
-from synth.recipe import RecipeConfig
-from synth.shards import read_lines
-from synth.stage import RunConfig, StageFailed
+pytest.importorskip("openai", reason="the [endpoint] extra is not installed")
+
+from pretrain.config import ConfigError  # noqa: E402
+from synth.document import Document  # noqa: E402
+from synth.entigraph.relations import EntiGraph  # noqa: E402
+from synth.llm.api import BadRequest, LostCall, Overloaded, Request  # noqa: E402
+from synth.llm.endpoint import EndpointConfig  # noqa: E402
+from synth.recipe import RecipeConfig  # noqa: E402
+from synth.shards import read_lines  # noqa: E402
+from synth.stage import RunConfig, StageFailed  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 REQUEST = Request(system="be brief", user="say hello", max_tokens=20)
 
