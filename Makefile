@@ -4,8 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 STAMP = $(shell $(PYTHON) -c 'import hashlib, sys; print(sys.version_info[:3], hashlib.sha256(open("pyproject.toml", "rb").read() + open("constraints.txt", "rb").read()).hexdigest())')
+# The slow tests have an environment of their own with every optional package that runs on a CPU.
+SLOW_VENV := .venv-slow
+SLOW_EXTRAS := seqio,parquet,hf,endpoint,ray,slurm,wandb
 
-.PHONY: quickstart test test-slow check venv clean help
+.PHONY: quickstart test test-slow check venv venv-slow clean help
+
+# $(call install,FOLDER,REQUIREMENT): make the environment anew unless it stands with these very versions.
+define install
+	@if [ "$$(cat $(1)/stamp 2>/dev/null)" != "$(STAMP) $(2)" ]; then \
+	  echo "installing into $(1)"; \
+	  $(PYTHON) -m venv --clear $(1) && \
+	  $(1)/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '$(2)' && \
+	  echo "$(STAMP) $(2)" > $(1)/stamp; \
+	fi
+endef
 
 help:  ## what there is to run
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -16,8 +29,8 @@ quickstart: venv  ## train a small model on real text: minutes on two CPU cores
 test: venv  ## the default tests: at most ten minutes on two cores
 	$(RUN) -m pytest -q
 
-test-slow: venv  ## optional packages, real small models, ahead-of-time compiles, fault loops
-	$(RUN) -m pytest -q -m slow
+test-slow: venv-slow  ## optional packages, real small models, ahead-of-time compiles, fault loops
+	$(SLOW_VENV)/bin/python -m pytest -q -m slow
 
 check: venv  ## format, lint, types, then the default tests
 	$(BIN)/pip install -qq -c constraints.txt -e '.[dev]'
@@ -27,13 +40,11 @@ check: venv  ## format, lint, types, then the default tests
 	$(RUN) -m pytest -q
 
 venv:
-	@if [ "$$(cat $(VENV)/stamp 2>/dev/null)" != "$(STAMP)" ]; then \
-	  echo "installing into $(VENV)"; \
-	  $(PYTHON) -m venv --clear $(VENV) && \
-	  $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e . && \
-	  echo "$(STAMP)" > $(VENV)/stamp; \
-	fi
+	$(call install,$(VENV),.)
+
+venv-slow:
+	$(call install,$(SLOW_VENV),.[$(SLOW_EXTRAS)])
 
 clean:  ## remove the environment and what was built; run folders stay
-	rm -rf $(VENV) .venv-* *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(SLOW_VENV) *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
