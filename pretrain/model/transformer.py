@@ -239,7 +239,7 @@ def param_shardings(params: Params, mesh: Mesh) -> Any:
 
 
 @functools.cache
-def _block_definition(config: ModelConfig) -> Any:
+def block_definition(config: ModelConfig) -> Any:
     """The static half of a block; arrays come from the scan."""
     return nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0))))
 
@@ -308,7 +308,7 @@ def _repeat_heads(x_BTKH: jax.Array, times: int) -> jax.Array:
 
 def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
     """(x, arrays of one layer, tables, plan) -> x, for layers of `kind`."""
-    definition = _block_definition(config)
+    definition = block_definition(config)
     spec = config.spec(kind)
 
     def run(x_BTD: jax.Array, layer: Params, tables: Any, plan: PackPlan | None) -> jax.Array:
@@ -387,11 +387,18 @@ def forward(
         x_BTD = x_BTD * jnp.asarray(math.sqrt(c.width), x_BTD.dtype)
     impl = c.attention_impl if attention_impl is None else attention_impl
     x_BTD = _run_blocks(c, params["blocks"], x_BTD, positions_BT, segment_ids_BT, impl)
-    norm = RMSNorm(c.width, eps=c.norm_eps, plus_one=c.norm_plus_one)
+    return final_hidden(x_BTD, params, c)
+
+
+def final_hidden(x_BTD: Float[Array, "B T D"], params: Params, config: ModelConfig) -> Float[Array, "B T D"]:
+    """The residual stream as the head wants it: normed, and divided for width transfer."""
+    norm = RMSNorm(config.width, eps=config.norm_eps, plus_one=config.norm_plus_one)
     nnx.update(norm, params["final_norm"])
     x_BTD = norm(x_BTD)
     # The head's 1/m sits here: a tied table has one role as a lookup and another as a head.
-    return x_BTD if c.base_width is None else x_BTD * jnp.asarray(1 / c.width_multiplier, x_BTD.dtype)
+    if config.base_width is None:
+        return x_BTD
+    return x_BTD * jnp.asarray(1 / config.width_multiplier, x_BTD.dtype)
 
 
 def head_DV(params: Params, config: ModelConfig) -> Float[Array, "D V"]:

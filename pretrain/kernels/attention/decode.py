@@ -1,0 +1,102 @@
+"""Decode attention: a few queries of each row against its cache, by blocks of keys until the longest row ends.
+
+The work follows what the caches hold and not how long they may grow. A block that holds nothing for a row changes
+none of that row's bits (its sums gain exact zeros, its maximum stays), so a row's result depends on the row alone,
+whatever it is batched with. A cache shorter than the text is a ring: entry j holds the newest position p with
+p = j modulo the length of the cache.
+
+B rows, T query time, S entries of the cache, N query heads, K key-value heads, G = N/K, H head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pretrain.config import ConfigError
+from pretrain.kernels.attention.math import MASKED
+from pretrain.kernels.attention.plan import AttentionSpec
+from pretrain.kernels.attention.reference import score_scale
+
+# Keys in a block: the granularity of the work.
+BLOCK_KEYS = 128
+
+
+def held_positions(lengths_B: Int[Array, " B"], first: int | Array, count: int, size: int) -> Int[Array, "B C"]:
+    """The text position in each of the entries [first, first + count) of a ring of `size`; negative where none."""
+    entry_C = first + jnp.arange(count, dtype=jnp.int32)
+    newest_B1 = lengths_B[:, None] - 1
+    return newest_B1 - jnp.mod(newest_B1 - entry_C[None], size)
+
+
+def decode_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    starts_B: Int[Array, " B"],
+    lengths_B: Int[Array, " B"],
+    *,
+    spec: AttentionSpec,
+    block_keys: int = BLOCK_KEYS,
+) -> Float[Array, "B T N H"]:
+    """Query t of row b stands at position starts_B[b] + t and sees the positions up to itself.
+
+    `lengths_B` counts the positions that a row has been given, the queries' own keys included. A row of length 0
+    gives zeros. Softmax is in float32.
+    """
+    _check(q_BTNH, k_BKSH, v_BKSH, spec)
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BKSH.shape[1:3]
+    block = min(block_keys, S)
+    q_BKXH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
+    position_BX = jnp.repeat(starts_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None], N // K, axis=1)
+    scale = score_scale(spec, H)
+
+    def visit(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, o = state
+        # The last block of a cache that blocks do not divide starts earlier and leaves out what was seen.
+        first = jnp.minimum(i * block, S - block)
+        k, v = (lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (k_BKSH, v_BKSH))
+        scores = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k, preferred_element_type=jnp.float32) * scale
+        if spec.softcap is not None:
+            scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+        held_BS = held_positions(lengths_B, first, block, S)
+        fresh_S = first + jnp.arange(block, dtype=jnp.int32) >= i * block
+        seen_BXS = (held_BS >= 0)[:, None] & (held_BS[:, None] <= position_BX[:, :, None]) & fresh_S[None, None]
+        if spec.window is not None:
+            seen_BXS &= held_BS[:, None] > position_BX[:, :, None] - spec.window
+        seen = seen_BXS[:, None]
+        scores = jnp.where(seen, scores, MASKED)
+        new_top = jnp.maximum(top, scores.max(axis=3, keepdims=True))
+        p = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
+        keep = jnp.exp(top - new_top)
+        part = jnp.einsum("BKXS,BKSH->BKXH", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return new_top, total * keep + p.sum(axis=3, keepdims=True), o * keep + part
+
+    zero = jnp.zeros((*q_BKXH.shape[:3], 1), jnp.float32)
+    state = _varying_like(q_BTNH, (zero + MASKED, zero, jnp.zeros(q_BKXH.shape, jnp.float32)))
+    num_blocks = (jnp.minimum(lengths_B.max(), S) + block - 1) // block
+    _, total, o = lax.fori_loop(0, num_blocks, visit, state)
+    o_BKXH = o / jnp.where(total > 0, total, 1.0)
+    o_BKTGH = o_BKXH.reshape(B, K, T, N // K, H)
+    return o_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _varying_like(x: Array, tree):
+    """Inside shard_map a loop's state varies over the mesh axes that its inputs vary over."""
+    axes = tuple(jax.typeof(x).manual_axis_type.varying)
+    return jax.tree.map(lambda a: lax.pcast(a, axes, to="varying") if axes else a, tree)
+
+
+def _check(q_BTNH, k_BKSH, v_BKSH, spec: AttentionSpec) -> None:
+    faults = []
+    if not spec.causal:
+        faults.append("decoding is causal, got causal=False; use attention() for two-sided rows")
+    if k_BKSH.shape != v_BKSH.shape:
+        faults.append(f"k and v must have one shape, got {k_BKSH.shape} and {v_BKSH.shape}")
+    if q_BTNH.shape[0] != k_BKSH.shape[0] or q_BTNH.shape[3] != k_BKSH.shape[3]:
+        faults.append(f"q [B, T, N, H] and k [B, K, S, H] must agree in B and H, got {q_BTNH.shape} and {k_BKSH.shape}")
+    if q_BTNH.shape[2] % k_BKSH.shape[1]:
+        faults.append(f"query heads must be a multiple of key-value heads, got {q_BTNH.shape[2]} and {k_BKSH.shape[1]}")
+    if faults:
+        raise ConfigError(*faults)

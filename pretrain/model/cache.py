@@ -1,0 +1,195 @@
+"""The key-value cache, and the decoder run against it: `extend` gives rows more tokens, one or a whole prompt.
+
+Layers stand apart here, weights and cache alike, where training stacks them: a slice of a stack would be copied
+at every step, and decoding does nothing but stream weights from memory. A layer with a window keeps a ring of the
+newest positions, long enough for the window and the longest extension.
+
+Letters as in layers.py; S entries of a layer's cache, K its key-value heads on the mesh.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pretrain.config import ConfigError
+from pretrain.kernels.attention.decode import decode_attention
+from pretrain.model.layers import look_up
+from pretrain.model.transformer import LayerKind, ModelConfig, Params, block_definition, final_hidden, param_specs
+from pretrain.sharding import activation_spec, current_mesh, place, use_weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values [B, K, S, H] of every layer, and how many positions each row has been given."""
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    lengths_B: Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Sizes of a cache: rows, the longest text of a row, the most tokens of one `extend`, the dtype."""
+
+    rows: int
+    max_length: int
+    max_extend: int
+    dtype: str
+
+    def entries(self, kind: LayerKind) -> int:
+        """Entries of a layer of this kind: all positions, or a ring for its window."""
+        if kind.window is None:
+            return self.max_length
+        return min(self.max_length, kind.window + self.max_extend - 1)
+
+
+def kv_heads(model: ModelConfig) -> int:
+    """Key-value heads of the cache: repeated where the tensor axis has more parts than there are heads.
+
+    Raises:
+      ConfigError: neither divides the other.
+    """
+    mesh = current_mesh()
+    parts = 1 if mesh is None else mesh.shape["tensor"]
+    if model.num_kv_heads % parts == 0:
+        return model.num_kv_heads
+    if parts % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_kv_heads and mesh.tensor must divide one another, got {model.num_kv_heads} and {parts}"
+        )
+    return parts
+
+
+def empty_cache(model: ModelConfig, config: CacheConfig) -> Cache:
+    """A cache that holds nothing; on a mesh rows lie over the data axes and heads over tensor."""
+    K = kv_heads(model)
+
+    def layers() -> tuple[Array, ...]:
+        shapes = [
+            (config.rows, K, config.entries(model.kind(i)), model.head_width) for i in range(model.num_layers)
+        ]
+        return tuple(_zeros(shape, config.dtype, ("batch", "kv_heads", None, None)) for shape in shapes)
+
+    return Cache(layers(), layers(), _zeros((config.rows,), jnp.int32, ("batch",)))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, dims: tuple[str | None, ...]) -> Array:
+    return jnp.zeros(shape, dtype, out_sharding=activation_spec(dims, shape))
+
+
+def decoding_params(params: Params, model: ModelConfig) -> Params:
+    """Parameters as `extend` wants them: layers apart, in the compute dtype, laid out for use.
+
+    They are copies: every device holds the whole model, or its part of the tensor axis.
+    """
+
+    def used(spec: Any, weight: Array, dims: tuple[str | None, ...]) -> Array:
+        # Norm scales stay float32, as in training.
+        return use_weight(weight, dims, weight.dtype if spec.role == "vector" and dims == (None,) else model.dtype)
+
+    specs = param_specs(params)
+    leaf = lambda x: hasattr(x, "role")
+    whole = {
+        name: jax.tree.map(lambda s, w: used(s, w, s.dims), specs[name], params[name], is_leaf=leaf)
+        for name in params
+        if name != "blocks"
+    }
+    layers = tuple(
+        jax.tree.map(lambda s, w, i=i: used(s, w[i], s.dims[1:]), specs["blocks"], params["blocks"], is_leaf=leaf)
+        for i in range(model.num_layers)
+    )
+    return {**whole, "layers": layers}
+
+
+def extend(
+    params: Params,
+    model: ModelConfig,
+    tokens_BT: Int[Array, "B T"],
+    num_new_B: Int[Array, " B"],
+    cache: Cache,
+    *,
+    max_length: int,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Hidden vectors before the head of the first num_new_B[b] tokens of each row, which join the cache.
+
+    `params` come from `decoding_params`. What follows a row's new tokens is padding: it is computed, means nothing
+    and is not kept. A row may have none. Rows must not pass `max_length`.
+    """
+    B, T = tokens_BT.shape
+    starts_B, lengths_B = cache.lengths_B, cache.lengths_B + num_new_B
+    offset_T = jnp.arange(T, dtype=jnp.int32)
+    positions_BT = place(jnp.minimum(starts_B[:, None] + offset_T[None], max_length - 1), ("batch", "time"))
+    x_BTD = look_up(params["embed"]["embedding"], tokens_BT, model.dtype)
+    if model.embed_scale:
+        x_BTD = x_BTD * jnp.asarray(math.sqrt(model.width), x_BTD.dtype)
+    tables_of = {
+        kind.rope: kind.rope.tables(positions_BT, model.head_width, max_length) for kind in model.layer_pattern
+    }
+    definition = block_definition(model)
+    keys, values = [], []
+    for i, layer in enumerate(params["layers"]):
+        kind = model.kind(i)
+
+        def attend(q: Array, k: Array, v: Array, i: int = i, kind: LayerKind = kind) -> Array:
+            o, new_k, new_v = _attend(q, k, v, cache.k[i], cache.v[i], starts_B, lengths_B, model, kind)
+            keys.append(new_k)
+            values.append(new_v)
+            return o
+
+        x_BTD = nnx.merge(definition, layer)(x_BTD, tables_of[kind.rope], attend)
+    return final_hidden(x_BTD, params, model), Cache(tuple(keys), tuple(values), lengths_B)
+
+
+def _attend(q, k, v, cache_k, cache_v, starts_B, lengths_B, model: ModelConfig, kind: LayerKind):
+    """Write the new keys and values, then attend; on a mesh each device to its rows and heads."""
+    spec = model.spec(kind)
+
+    def local(q, k, v, cache_k, cache_v, starts_B, lengths_B):
+        cache_k = append(cache_k, k, starts_B, lengths_B)
+        cache_v = append(cache_v, v, starts_B, lengths_B)
+        compute = q.dtype
+        o = decode_attention(
+            q, cache_k.astype(compute), cache_v.astype(compute), starts_B, lengths_B, spec=spec
+        )
+        return o, cache_k, cache_v
+
+    arguments = (q, k, v, cache_k, cache_v, starts_B, lengths_B)
+    if current_mesh() is None:
+        return local(*arguments)
+    q_spec = activation_spec(("batch", "time", "heads", None), q.shape)
+    kv_spec = activation_spec(("batch", "time", "kv_heads", None), k.shape)
+    cache_spec = activation_spec(("batch", "kv_heads", None, None), cache_k.shape)
+    row_spec = activation_spec(("batch",), starts_B.shape)
+    if k.shape[2] != cache_k.shape[1]:
+        times = cache_k.shape[1] // k.shape[2]
+        k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
+        arguments = (q, k, v, *arguments[3:])
+        kv_spec = activation_spec(("batch", "time", "kv_heads", None), k.shape)
+        arguments = (q, *(place(x, ("batch", "time", "kv_heads", None)) for x in (k, v)), *arguments[3:])
+    return jax.shard_map(
+        local,
+        in_specs=(q_spec, kv_spec, kv_spec, cache_spec, cache_spec, row_spec, row_spec),
+        out_specs=(q_spec, cache_spec, cache_spec),
+    )(*arguments)
+
+
+def append(
+    cache_BKSH: Float[Array, "B K S H"],
+    new_BTKH: Float[Array, "B T K H"],
+    starts_B: Int[Array, " B"],
+    lengths_B: Int[Array, " B"],
+) -> Float[Array, "B K S H"]:
+    """Row b's first lengths_B[b] - starts_B[b] new entries at positions starts_B[b] and on, modulo the ring."""
+    B, T = new_BTKH.shape[:2]
+    S = cache_BKSH.shape[2]
+    position_BT = starts_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    # An entry outside the cache is dropped: padding must not overwrite the ring.
+    entry_BT = jnp.where(position_BT < lengths_B[:, None], jnp.mod(position_BT, S), S)
+    row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+    return cache_BKSH.at[row_B1, :, entry_BT].set(new_BTKH.astype(cache_BKSH.dtype), mode="drop")
