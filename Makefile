@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
+# Two workers, each with whole files, so that what a file compiles is compiled once.
+PYTEST := -m pytest -q -n 2 --dist loadfile
 STAMP = $(shell $(PYTHON) -c 'import hashlib, sys; print(sys.version_info[:3], hashlib.sha256(open("pyproject.toml", "rb").read() + open("constraints.txt", "rb").read()).hexdigest())')
 # The slow tests have an environment of their own with every optional package that runs on a CPU.
 SLOW_VENV := .venv-slow
@@ -27,17 +29,17 @@ quickstart: venv  ## train a small model on real text: minutes on two CPU cores
 	$(RUN) -m pretrain.main --config configs/pretrain/quickstart.py
 
 test: venv  ## the default tests: at most ten minutes on two cores
-	$(RUN) -m pytest -q
+	$(RUN) $(PYTEST)
 
 test-slow: venv-slow  ## optional packages, real small models, ahead-of-time compiles, fault loops
-	$(SLOW_VENV)/bin/python -m pytest -q -m slow
+	$(SLOW_VENV)/bin/python $(PYTEST) -m slow
 
 check: venv  ## format, lint, types, then the default tests
 	$(BIN)/pip install -qq -c constraints.txt -e '.[dev]'
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(RUN) -m pytest -q
+	$(RUN) $(PYTEST)
 
 venv:
 	$(call install,$(VENV),.)

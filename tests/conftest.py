@@ -1,6 +1,8 @@
 """How every test runs: eight fake CPU devices, strict jax, warnings are errors, `slow` only when asked for."""
 
 import os
+import shutil
+import tempfile
 
 import hypothesis
 import pytest
@@ -12,6 +14,11 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Eight devices share one pool of threads; two programs with collectives in flight must both find room in it.
 os.environ.setdefault("PJRT_NPROC", "32")
+# Many tests start the same small program anew, in this process or another: it is compiled once.
+_COMPILED = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Compilation makes the first example slow and later ones fast, so a deadline would only measure the cache.
 # Derandomized: a default test that fails must fail again on the next machine.
@@ -19,7 +26,10 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("default")
 
 # Warnings of others that we can do nothing about: (filter, reason).
-ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = ()
+ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = (
+    ("ignore:Error writing persistent compilation cache:UserWarning", "tests that fill the disk meet it too"),
+    ("ignore:Error reading persistent compilation cache:UserWarning", "a killed process left a part of an entry"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Only `device` tests may see an accelerator; the others compare bits and need the fake CPU devices.
     if "device" not in (config.getoption("markexpr") or ""):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+pytest.importorskip("openai", reason="the [endpoint] extra is not installed")
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 from synth.entigraph.relations import EntiGraph
 from synth.llm.endpoint import EndpointConfig
@@ -117,6 +120,5 @@ def test_killed_runs_end_with_the_bytes_of_a_run_never_killed(chat_server, tmp_p
     kill_and_restart(chat_server, tmp_path, num_kills=5, seed=1)
 
 
-@pytest.mark.slow
 def test_forty_kills(chat_server, tmp_path):
     print(kill_and_restart(chat_server, tmp_path, num_kills=40, seed=2))
