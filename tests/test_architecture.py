@@ -25,9 +25,9 @@ LAYERS = {
         "sharding",
         "data kernels",
         "model",
-        "loss optim health flops",
+        "loss optim health flops draw",
         "step",
-        "checkpoint hf generate",
+        "checkpoint families safetensors_file hf gguf_import pretrained generate",
         "evals",
         "train seqio_bridge",
         "rl scaling aot",
@@ -91,6 +91,7 @@ OPTIONAL = {
     "submitit": "pretrain.jobs.on_slurm",
     "wandb": "pretrain.wandb_sink",
     "datasets": "pretrain.data.hf_source",
+    "gguf": "pretrain.gguf_import",
     "openai": "synth.llm.endpoint",
 }
 # Installed by default, and still the business of one file.

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
 from pretrain.kernels.attention.decode import decode_attention
 from pretrain.model.layers import look_up
 from pretrain.model.transformer import LayerKind, ModelConfig, Params, block_definition, final_hidden, param_specs
-from pretrain.sharding import activation_spec, current_mesh, place, use_weight
+from pretrain.sharding import activation_spec, axis_names, current_mesh, place, use_weight
 
 
 @jax.tree_util.register_dataclass
@@ -193,3 +194,41 @@ def append(
     entry_BT = jnp.where(position_BT < lengths_B[:, None], jnp.mod(position_BT, S), S)
     row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
     return cache_BKSH.at[row_B1, :, entry_BT].set(new_BTKH.astype(cache_BKSH.dtype), mode="drop")
+
+
+def copy_row(target: Cache, slot: Int[Array, ""], source: Cache, row: Int[Array, ""]) -> Cache:
+    """`target` with row `slot` replaced by row `row` of `source`, a cache of the same layers and lengths."""
+    dims = ("batch", "kv_heads", None, None)
+
+    def copy(targets: tuple[Array, ...], sources: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(
+            set_row(t, slot, get_row(s, row, dims), dims) for t, s in zip(targets, sources, strict=True)
+        )
+
+    lengths_B = set_row(target.lengths_B, slot, get_row(source.lengths_B, row, ("batch",)), ("batch",))
+    return Cache(copy(target.k, source.k), copy(target.v, source.v), lengths_B)
+
+
+def get_row(x_BX: Array, row: Int[Array, ""], dims: tuple[str | None, ...]) -> Array:
+    """x_BX[row], on every device of the data axes; `dims` are those of x_BX."""
+    return jax.lax.dynamic_index_in_dim(place(x_BX, (None, *dims[1:])), row, axis=0, keepdims=False)
+
+
+def set_row(x_BX: Array, slot: Int[Array, ""], row_X: Array, dims: tuple[str | None, ...]) -> Array:
+    """x_BX with row `slot` replaced, in place where x_BX is donated; on a mesh by the device that has the row."""
+    if current_mesh() is None:
+        return jax.lax.dynamic_update_index_in_dim(x_BX, row_X.astype(x_BX.dtype), slot, axis=0)
+    spec = activation_spec(dims, x_BX.shape)
+    row_spec = activation_spec(dims[1:], row_X.shape)
+    assert spec is not None
+    axes = axis_names(spec[0])
+
+    def local(x_bX: Array, slot: Array, row_X: Array) -> Array:
+        index = slot - jax.lax.axis_index(axes) * x_bX.shape[0] if axes else slot
+        here = (index >= 0) & (index < x_bX.shape[0])
+        index = jnp.clip(index, 0, x_bX.shape[0] - 1)
+        old_X = jax.lax.dynamic_index_in_dim(x_bX, index, axis=0, keepdims=False)
+        new_X = jnp.where(here, row_X.astype(x_bX.dtype), old_X)
+        return jax.lax.dynamic_update_index_in_dim(x_bX, new_X, index, axis=0)
+
+    return jax.shard_map(local, in_specs=(spec, P(), row_spec), out_specs=spec)(x_BX, slot, row_X)
