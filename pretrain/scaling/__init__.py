@@ -1,0 +1,1 @@
+"""Scaling: a ladder of small runs, the law they follow, and what it predicts for a larger one."""
