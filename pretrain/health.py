@@ -345,12 +345,14 @@ class Watchdog:
         self._durations_s: list[float] = []
         self._patience_s = 0.0
         self._interrupted = False  # the running interval held other work than a step
-        self._last = time.monotonic()
+        self._tick_s = min(1.0, min_limit_s / 8)
+        self._stopped_s = 0.0
+        self._last = self._now()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._last = time.monotonic()
+        self._last = self._now()
         self._thread.start()
         return self
 
@@ -360,7 +362,7 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """`step` is done."""
-        now = time.monotonic()
+        now = self._now()
         if self._step is not None and not self._interrupted:
             self._durations_s = [*self._durations_s[-63:], now - self._last]
         self._step, self._last, self._interrupted = step, now, False
@@ -369,12 +371,12 @@ class Watchdog:
     def patience(self, limit_s: float) -> Iterator[None]:
         """Allow `limit_s` seconds from now for work that is not a step (evaluation, a save that must finish)."""
         former, self._patience_s = self._patience_s, limit_s
-        self._last, self._interrupted = time.monotonic(), True
+        self._last, self._interrupted = self._now(), True
         try:
             yield
         finally:
             self._patience_s = former
-            self._last = time.monotonic()
+            self._last = self._now()
 
     @property
     def limit_s(self) -> float:
@@ -383,9 +385,19 @@ class Watchdog:
         limit_s = max(self._min_limit_s, self._factor * median_s, self._patience_s)
         return limit_s if self._step is not None else max(limit_s, self._startup_limit_s)
 
+    def _now(self) -> float:
+        """Seconds on a clock that stands still while the process is stopped."""
+        return time.monotonic() - self._stopped_s
+
     def _watch(self) -> None:
-        while not self._stop.wait(min(1.0, self._min_limit_s / 8)):
-            silent_s = time.monotonic() - self._last
+        before = time.monotonic()
+        while not self._stop.wait(self._tick_s):
+            # A process that was stopped (Ctrl-Z, a suspended laptop) did not hang: this thread slept as well.
+            gap_s = time.monotonic() - before
+            if gap_s > 20 * self._tick_s:
+                self._stopped_s += gap_s
+            before = time.monotonic()
+            silent_s = self._now() - self._last
             if silent_s > self.limit_s:
                 self._end(silent_s)
 

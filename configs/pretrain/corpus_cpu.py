@@ -20,12 +20,12 @@ CORPORA = ("medquad", "openstax_ccby", "peps", "eips", "factbook")
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
-            num_layers=6, width=256, num_heads=8, num_kv_heads=4, head_width=32, hidden_width=704, tied_head=True,
+            num_layers=4, width=192, num_heads=6, num_kv_heads=3, head_width=32, hidden_width=512, tied_head=True,
             dtype="float32", scan_layers=False,
         ),  # fmt: skip
         data=DataConfig(
             sources=tuple(JsonlConfig(name=name, path=f"{name}.jsonl.gz") for name in CORPORA),
-            tokenizer=BpeConfig(vocab_size=8192),
+            tokenizer=BpeConfig(vocab_size=4096),
             row_length=512,
             batch_rows=16,
             heldout_percent=2.0,
@@ -35,7 +35,7 @@ def get_config() -> TrainConfig:
             method=MuonConfig(), peak_lr=6e-3, schedule=Wsd(num_warmup_steps=50, decay_fraction=0.4), weight_decay=0.05
         ),
         loss=LossConfig(chunk_tokens=2048),
-        run=RunConfig(num_steps=3000, log_every_steps=10, eval_every_steps=500),
+        run=RunConfig(num_steps=1000, log_every_steps=10, eval_every_steps=250),
         checkpoint=CheckpointPolicy(every_s=120.0),
         sample=SampleConfig(prompts=("What is ", "The ", "Abstract\n"), max_new_tokens=96),
     )

@@ -321,6 +321,28 @@ def test_a_hang_dumps_stacks_and_exits_5_but_slow_steps_and_patience_do_not(tmp_
         assert "stuck_in_the_loader" in text
 
 
+def test_a_process_that_was_stopped_is_not_a_hang():
+    """As Ctrl-Z and a suspended laptop do."""
+    child = run_program(
+        """
+        import os, time
+        from pretrain.health import Watchdog
+        with Watchdog(min_limit_s=0.4, factor=1) as dog:
+            for step in range(30):
+                print(step, flush=True)
+                time.sleep(0.1)
+                dog.beat(step)
+        """
+    )
+    assert child.stdout.readline() == "0\n"
+    child.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    child.send_signal(signal.SIGCONT)
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode == 0, errors
+    assert output.split()[-1] == "29"
+
+
 def test_watchdog_ends_with_its_block():
     with Watchdog(min_limit_s=0.05, startup_limit_s=0.3) as dog:
         assert dog.limit_s == 0.3
