@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -121,13 +121,15 @@ class BytesConfig:
 class JsonTokenizer:
     """A tokenizer.json, read so that special tokens are never found in text."""
 
-    def __init__(self, text: str, *, pad: str, bos: str, eos: str, sep: str):
+    def __init__(self, text: str, *, pad: str, bos: str, eos: str, sep: str, vocab_size: int | None = None):
         """`text` is the content of tokenizer.json; the others name its special tokens.
 
+        `vocab_size` is that of the model, whose embedding may have more rows than there are tokens.
+
         Raises:
-          ConfigError: not a tokenizer.json, or it lacks one of these tokens.
+          ConfigError: not a tokenizer.json, it lacks one of these tokens, or it has more tokens than the model.
         """
-        self._text = text
+        self._text, self._model_vocab_size = text, vocab_size
         self._names = {"pad": pad, "bos": bos, "eos": eos, "sep": sep}
         try:
             self._tokenizer = HfTokenizer.from_str(text)
@@ -156,21 +158,37 @@ class JsonTokenizer:
             raise ConfigError(*faults)
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = ids["pad"], ids["bos"], ids["eos"], ids["sep"]
         # Ids may have holes: the table of embeddings is as long as the largest id asks.
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        needed = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = needed if vocab_size is None else vocab_size
+        if self.vocab_size < needed:
+            raise ConfigError(
+                f"a tokenizer must belong to its model, got one with {needed} ids for an embedding of {vocab_size} rows"
+            )
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset({*ids.values(), *(i for i, token in added.items() if token.special)})
         self._byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
 
-    def __getstate__(self) -> tuple[str, dict[str, str]]:
-        return self._text, self._names
+    def __getstate__(self) -> tuple[str, dict[str, Any]]:
+        return self._text, {**self._names, "vocab_size": self._model_vocab_size}
 
-    def __setstate__(self, state: tuple[str, dict[str, str]]) -> None:
-        text, names = state
-        self.__init__(text, **names)
+    def __setstate__(self, state: tuple[str, dict[str, Any]]) -> None:
+        text, arguments = state
+        self.__init__(text, **arguments)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The special tokens, by role: pad, bos, eos, sep."""
+        return dict(self._names)
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the file asks for a bos token in front of every text."""
+        return self._tokenizer.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256("\x1f".join([self._text, *self._names.values()]).encode()).hexdigest()
+        size = [] if self._model_vocab_size is None else [str(self._model_vocab_size)]
+        return hashlib.sha256("\x1f".join([self._text, *self._names.values(), *size]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -261,6 +279,98 @@ class TokenizerFileConfig:
         if self.require_lossless:
             check_lossless(tokenizer, str(path))
         return tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderTokenizerConfig:
+    """The tokenizer of a model folder, roles as its tokenizer_config.json says where none are given here.
+
+    A model without a token for a role uses its end-of-text token for it. Imported tokenizers often change text
+    (normal forms, blanks); scores in bits per byte then count the bytes of the text before the change.
+    """
+
+    path: str  # a folder below data.root
+    bos: str | None = None
+    eos: str | None = None
+    pad: str | None = None
+    sep: str | None = None
+    require_lossless: bool = False
+    trained: ClassVar[bool] = False
+
+    def build(self, root: str, texts: Callable[[int], Iterator[str]]) -> Tokenizer:
+        folder = Path(root, self.path)
+        text = read_tokenizer_file(folder / "tokenizer.json").decode(errors="replace")
+        stated = _json_object(folder / "tokenizer_config.json")
+        eos = self.eos or _token_name(stated.get("eos_token"))
+        if eos is None:
+            raise ConfigError(f"{folder} names no eos token; set data.tokenizer.eos to a token of the file")
+        tokenizer = JsonTokenizer(
+            text,
+            eos=eos,
+            bos=self.bos or _token_name(stated.get("bos_token")) or eos,
+            pad=self.pad or _token_name(stated.get("pad_token")) or eos,
+            sep=self.sep or _token_name(stated.get("sep_token")) or eos,
+            vocab_size=_json_object(folder / "config.json").get("vocab_size"),
+        )
+        if self.require_lossless:
+            check_lossless(tokenizer, str(folder))
+        return tokenizer
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty without the file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} must hold JSON, got what fails: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _token_name(value: Any) -> str | None:
+    """A token in tokenizer_config.json: its text, or an object with its text."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which `transformers` reads and `FolderTokenizerConfig` too.
+
+    Raises:
+      ConfigError: a kind of tokenizer that has no tokenizer.json.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        tokenizer = _bytes_as_json(tokenizer)
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise ConfigError(
+            f"an exported model needs a tokenizer.json, and {type(tokenizer).__name__} has none; train with BpeConfig, "
+            "BytesConfig or a tokenizer file"
+        )
+    tokenizer.save(folder / "tokenizer.json")
+    roles = {f"{role}_token": name for role, name in tokenizer.names.items()}
+    stated = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_atomic(folder / "tokenizer_config.json", json.dumps({**stated, **roles}, indent=1) + "\n")
+
+
+def _bytes_as_json(tokenizer: ByteTokenizer) -> JsonTokenizer:
+    """The same ids from a BPE without merges over the byte alphabet of GPT-2."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    bpe = HfTokenizer(models.BPE(vocab={letter: byte for byte, letter in letters.items()}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(list(SPECIAL_TOKENS))
+    pad, bos, eos, sep = SPECIAL_TOKENS
+    found = JsonTokenizer(bpe.to_str(pretty=True), pad=pad, bos=bos, eos=eos, sep=sep)
+    assert (found.pad_id, found.bos_id, found.eos_id, found.sep_id) == (
+        tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id,
+    )  # fmt: skip
+    return found
 
 
 def read_tokenizer_file(path: Path) -> bytes:

@@ -19,11 +19,12 @@ import numpy as np
 
 from pretrain import config as config_lib
 from pretrain import flops
-from pretrain.checkpoint import Checkpointer, CheckpointPolicy, params_sha256, read_item, restore_params
+from pretrain.checkpoint import Checkpointer, CheckpointPolicy, params_sha256, read_item
 from pretrain.config import ConfigError, local
 from pretrain.data.batch import Batch
 from pretrain.data.loader import RowBatches
 from pretrain.data.tables import DataConfig, PreparedData, prepare_tables
+from pretrain.distributed import DistributedConfig, is_writer, wait_for_all
 from pretrain.evals.baselines import baseline_bits_per_byte
 from pretrain.evals.perplexity import HeldoutScore, heldout_score
 from pretrain.generate import SampleConfig, sample_texts
@@ -49,6 +50,7 @@ from pretrain.metrics import (
 from pretrain.model.transformer import ModelConfig, abstract_params
 from pretrain.optim import OptimConfig, make_optimizer
 from pretrain.plots import draw_loss
+from pretrain.pretrained import Pretrained, load_init
 from pretrain.rundir import RunDir, write_atomic, write_json_atomic
 from pretrain.sharding import MeshConfig, make_mesh
 from pretrain.step import (
@@ -104,8 +106,10 @@ class TrainConfig:
     run: RunConfig
     loss: LossConfig = LossConfig()
     health: HealthConfig = HealthConfig()
-    init: str = ""  # a checkpoint folder whose parameters this run starts from
+    # A checkpoint folder, a model folder, or another Pretrained, whose parameters this run starts from.
+    init: str | Pretrained = ""
     mesh: MeshConfig = local(MeshConfig())
+    distributed: DistributedConfig = local(DistributedConfig())
     checkpoint: CheckpointPolicy = local(CheckpointPolicy())
     sample: SampleConfig = local(SampleConfig())
 
@@ -151,10 +155,14 @@ def train(config: TrainConfig, *, name: str) -> TrainResult:
     mesh = make_mesh(config.mesh)
     with ExitStack() as stack:
         data = prepare_tables(config.data, Path(config.run.workdir), config.run.seed)
-        run.create()
-        stack.enter_context(run.lock())
         config_json = config_lib.to_json(config)
-        write_json_atomic(run.config_json, config_json)
+        if is_writer():
+            run.create()
+            stack.enter_context(run.lock())
+            write_json_atomic(run.config_json, config_json)
+            if not (run.root / "tokenizer.json").exists():
+                data.tokenizer.save(run.root / "tokenizer.json")
+        wait_for_all("the run folder is ready")
         checkpointer = Checkpointer(run.checkpoints, config_json, data.fingerprint, config.checkpoint)
         stack.callback(checkpointer.close)
 
@@ -170,11 +178,7 @@ def train(config: TrainConfig, *, name: str) -> TrainResult:
             seconds = read_item(run.checkpoints / str(start_step), "meta")["goodput_s"]
             print(f"resuming {run.root} from the checkpoint of step {start_step}")
         else:
-            params = (
-                restore_params(config.init, abstract_params(config.model, vocab_size))
-                if config.init
-                else None
-            )
+            params = load_init(config.init, config.model, data.tokenizer, mesh) if config.init else None
             state = init_state(
                 config.model, vocab_size, optimizer, config.run.seed, mesh, config.health, params
             )
@@ -217,9 +221,11 @@ class _Loop:
         self.batches = RowBatches(
             data, config.data, num_steps=config.run.num_steps, seed=config.run.seed, mesh=mesh
         )
-        self.writers, _ = open_writers(
-            run.root, config.run.writers, config_json=config_lib.to_json(config), resume_step=start_step
-        )
+        self.writers = Writers([])
+        if is_writer():
+            self.writers, _ = open_writers(
+                run.root, config.run.writers, config_json=config_lib.to_json(config), resume_step=start_step
+            )
         self.tokens_per_step = config.data.batch_rows * config.data.row_length
         self.peak_flops, self.peak_flops_source = flops.peak_flops()
         self._logged = (start_step, self._busy_s())
@@ -267,7 +273,8 @@ class _Loop:
             with watchdog.patience(3600):
                 score = score or self._evaluate(step, state, progress)
                 summary = self._finish(step, state, score)
-        print(_closing_lines(summary))
+        if is_writer():
+            print(_closing_lines(summary))
         return TrainResult(folder=self.run.root, steps=step, exit_code=0, summary=summary)
 
     def _record(self, step: int, metrics: Mapping[str, Any], progress: ProgressView) -> None:
@@ -338,7 +345,9 @@ class _Loop:
                 labels=self.data.labels,
             )
         with self.clock.phase("sampling"):
-            texts = sample_texts(state.params, self.config.model, self.data.tokenizer, self.config.sample)
+            texts = []
+            if jax.process_count() == 1:  # one host of many does not hold the model
+                texts = sample_texts(state.params, self.config.model, self.data.tokenizer, self.config.sample)
         values = {
             "bits_per_byte": score.bits_per_byte,
             "bits_per_byte_by_source": score.bits_per_byte_by_source,
@@ -357,7 +366,10 @@ class _Loop:
             self.checkpointer.save(state, step, extras)
 
     def _finish(self, step: int, state: TrainState, score: HeldoutScore) -> dict[str, Any]:
-        """Write summary, picture and samples."""
+        """Write summary, picture and samples; nothing in a process that is not the writer."""
+        digest = params_sha256(state.params)  # every process holds a part
+        if not is_writer():
+            return {}
         records = read_metrics(self.run.metrics_jsonl)
         rates = [r["tokens_per_second"] for r in records if r["kind"] == "train"]
         rate = statistics.median(rates)
@@ -373,7 +385,7 @@ class _Loop:
             "steps": step,
             "num_steps": self.config.run.num_steps,
             "params": flops.params_count(state.params),
-            "params_sha256": params_sha256(state.params),
+            "params_sha256": digest,
             "tokens_per_second": rate,
             "mfu": self._mfu(rate),
             "peak_flops": self.peak_flops,

@@ -22,6 +22,7 @@ BRIDGES = {
     "pretrain.jobs.on_slurm": "submitit",
     "pretrain.wandb_sink": "wandb",
     "pretrain.data.hf_source": "datasets",
+    "pretrain.gguf_import": "gguf",
     "synth.llm.endpoint": "openai",
 }
 

@@ -1,0 +1,131 @@
+"""The safetensors format: eight bytes with the length of a JSON header, the header, the raw tensors.
+
+Read through a memory map by rows, so that a tensor can go to its devices in parts, and written one tensor at a
+time. The format is small enough to need no package, and the package reads no rows of a bfloat16 tensor into numpy.
+"""
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from pretrain.config import ConfigError
+
+DTYPES: Mapping[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+_NAME_OF = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_MAX_HEADER_BYTES = 100_000_000  # the limit that other readers keep too
+_ALIGNMENT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedTensor:
+    """A tensor in a memory map; its bytes are read when asked for."""
+
+    data: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the first dim, in float32."""
+        return self.data[start:stop].astype(np.float32)
+
+
+def open_tensors(path: Path) -> dict[str, MappedTensor]:
+    """All tensors of one file, nothing of them read.
+
+    Raises:
+      ConfigError: the file is not there, is no safetensors file, is cut short, or holds tensors that are no floats.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            header, start = _read_header(file, size, path)
+        buffer = np.memmap(path, np.uint8, "r")
+    except OSError as error:
+        raise ConfigError(f"a tensor file must be readable, got {path}: {error.strerror or error}") from error
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            tensors[name] = MappedTensor(_view(name, entry, buffer, start, path))
+    return tensors
+
+
+def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
+    head = file.read(8)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+    if not 2 <= length <= _MAX_HEADER_BYTES:
+        raise ConfigError(f"{path} must be a safetensors file, got {size} bytes without its header")
+    if 8 + length > size:
+        raise ConfigError(f"{path} is cut short: its header alone has {length} bytes, the file {size}")
+    try:
+        header = json.loads(file.read(length))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        needed = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{path} must be a safetensors file, got a header that is damaged: {error}") from error
+    if needed > size:
+        raise ConfigError(f"{path} is cut short: its tensors end at byte {needed}, the file has {size}; fetch it again")
+    return header, 8 + length
+
+
+def _view(name: str, entry: Mapping[str, Any], buffer: np.ndarray, start: int, path: Path) -> np.ndarray:
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise ConfigError(
+            f"tensors must be of type {', '.join(DTYPES)}, got {entry['dtype']} for {name} in {path}"
+        )
+    begin, end = entry["data_offsets"]
+    if end - begin != math.prod(entry["shape"]) * np.dtype(dtype).itemsize:
+        raise ConfigError(f"{path} is damaged: {name} has {end - begin} bytes for shape {entry['shape']} of {entry['dtype']}")
+    return buffer[start + begin : start + end].view(dtype).reshape(entry["shape"])
+
+
+def write_tensors(
+    file: BinaryIO, tensors: Iterable[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str
+) -> None:
+    """Write tensors as `dtype` (float32, bfloat16 or float16), one after the other; each is made when its turn comes."""
+    tensors = list(tensors)
+    kind = np.dtype(DTYPES[_NAME_OF[dtype]])
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # other readers refuse a file that does not say so
+    offset = 0
+    for name, shape, _ in tensors:
+        end = offset + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name, shape, make in tensors:
+        value = make()
+        assert value.shape == shape, (name, value.shape, shape)
+        file.write(np.ascontiguousarray(value.astype(kind)).tobytes())
+
+
+def split_into_files(
+    tensors: Iterable[tuple[str, tuple[int, ...], Any]], dtype: str, max_bytes: int
+) -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
+    """The tensors in order, in groups of at most `max_bytes` (a larger tensor is a group of its own)."""
+    width = np.dtype(DTYPES[_NAME_OF[dtype]]).itemsize
+    group, group_bytes = [], 0
+    for tensor in tensors:
+        size = math.prod(tensor[1]) * width
+        if group and group_bytes + size > max_bytes:
+            yield group
+            group, group_bytes = [], 0
+        group.append(tensor)
+        group_bytes += size
+    if group:
+        yield group
