@@ -12,7 +12,7 @@ from pretrain.config import ConfigError, apply_overrides, load_config, parse_arg
 from pretrain.jobs.api import JobsFailed
 from pretrain.scaling.plan import ScalingConfig, plan_cells
 from pretrain.scaling.report import analyze, fit_text, plan_text, write_report
-from pretrain.scaling.run import finished_cells, prepare, run_cells
+from pretrain.scaling.run import Tables, finished_cells, run_cells
 
 ACTIONS = ("plan", "run", "fit", "report")
 
@@ -21,23 +21,20 @@ def main(argv: Sequence[str]) -> int:
     """Do one action of a ladder; the return value is the process' exit code (2: bad input, 1: cells failed)."""
     try:
         config, name, command = _parse(argv)
-        if config.scaling.action == "plan":
-            data = prepare(config)
-            print(plan_text(plan_cells(config, data.tokenizer.vocab_size), data))
+        action, tables = config.scaling.action, Tables(config)
+        planned = plan_cells(config, tables.vocab_size)
+        if action == "plan":
+            print(plan_text(planned, tables))
             return 0
-        if config.scaling.action in ("run", "report"):
-            data = prepare(config)
-            run_cells(
-                config,
-                name,
-                plan_cells(config, data.tokenizer.vocab_size),
-                lambda line: print(line, flush=True),
-            )
-        if config.scaling.action in ("fit", "report"):
-            cells, missing = finished_cells(config, name)
+        if action in ("run", "report"):
+            for cell in planned:
+                tables.of(cell.train)
+            run_cells(config, name, planned, lambda line: print(line, flush=True))
+        if action in ("fit", "report"):
+            cells, missing = finished_cells(config, name, tables)
             analysis = analyze(cells, config.fit, num_missing=len(missing))
             print(fit_text(analysis))
-            if config.scaling.action == "report":
+            if action == "report":
                 print(write_report(analysis, config, name, command))
         return 0
     except ConfigError as error:

@@ -12,11 +12,13 @@ from typing import Literal
 
 from pretrain import flops
 from pretrain.config import ConfigError, fingerprint, local
+from pretrain.data.source import SourceConfig
 from pretrain.jobs.api import JobsConfig, Resources
 from pretrain.jobs.pool import PoolConfig
 from pretrain.model.transformer import ModelConfig
 from pretrain.scaling.cells import HELD_OUT, LADDER, REPEAT
 from pretrain.scaling.fit import FitConfig
+from pretrain.scaling.slices import SliceConfig
 from pretrain.train import TrainConfig
 
 
@@ -55,10 +57,10 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RepeatConfig:
-    """The repetition curve: one shape, one number of steps, fewer and fewer different rows.
+    """The repetition curve: one shape, one number of steps, fewer and fewer different documents.
 
     Attributes:
-      fractions: shares of the train rows that the run may read; 1 is the run that repeats nothing (or least).
+      fractions: shares of the training slices that a run may read; 1 is the run that repeats least.
     """
 
     shape: Shape
@@ -66,10 +68,13 @@ class RepeatConfig:
     fractions: tuple[float, ...]
 
     def __post_init__(self):
-        if self.num_steps < 1 or not all(0 < f <= 1 for f in self.fractions):
-            raise ConfigError(
-                f"repeat.num_steps must be positive and fractions in (0, 1], got {self.num_steps} and {self.fractions}"
-            )
+        faults = []
+        if self.num_steps < 1:
+            faults.append(f"repeat.num_steps must be positive, got {self.num_steps}")
+        if not self.fractions or not all(0 < f <= 1 for f in self.fractions):
+            faults.append(f"repeat.fractions must lie in (0, 1], got {self.fractions}")
+        if faults:
+            raise ConfigError(*faults)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,8 +168,23 @@ class ScalingConfig:
                 )
             if train.run.stop_step is not None:
                 faults.append(f"{label}.run.stop_step must be none: a cell is a finished schedule")
+        if self.ladder.repeat is not None:
+            data = self.train.data
+            if data.tokenizer.trained:
+                faults.append(
+                    "ladder.repeat needs a tokenizer that is not trained on the documents it limits"
+                )
+            if not any(is_training_slice(source) for source in data.sources):
+                faults.append(
+                    "ladder.repeat needs a SliceConfig among train.data.sources, whose share it lowers"
+                )
         if faults:
             raise ConfigError(*faults)
+
+
+def is_training_slice(source: SourceConfig) -> bool:
+    """Whether a repetition curve reads less of this source; one that is only evaluated stays whole."""
+    return isinstance(source, SliceConfig) and source.heldout_percent != 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,6 +233,25 @@ def _cells(config: ScalingConfig, vocab_size: int, faults: list[str]) -> Iterato
         yield from _cell(
             config.train, HELD_OUT, shape, ladder.held_out_flops, ladder.seeds[0], vocab_size, faults
         )
+    if ladder.repeat is not None:
+        yield from _repeats(config.train, ladder.repeat, ladder.seeds, vocab_size)
+
+
+def _repeats(
+    train: TrainConfig, repeat: RepeatConfig, seeds: tuple[int, ...], vocab_size: int
+) -> Iterator[Planned]:
+    model = repeat.shape.model(train.model)
+    tokens = repeat.num_steps * train.data.batch_rows * train.data.row_length
+    budget = tokens * flops.flops_per_token(model, vocab_size, train.data.row_length)
+    for fraction in repeat.fractions:
+        sources = tuple(
+            s.share(fraction) if isinstance(s, SliceConfig) and is_training_slice(s) else s
+            for s in train.data.sources
+        )
+        limited = dataclasses.replace(train, data=dataclasses.replace(train.data, sources=sources))
+        for seed in seeds:
+            cell = make_cell(limited, REPEAT, model, repeat.num_steps, seed, budget, vocab_size)
+            yield dataclasses.replace(cell, name=f"{cell.name}-f{fraction:.4f}")
 
 
 def nearest_shapes(config: ScalingConfig, vocab_size: int, budget: float, count: int) -> list[Shape]:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from pretrain.config import fingerprint, to_json
-from pretrain.data.tables import PreparedData
 from pretrain.plots import COLORS, QUIET, Curve, Panel, draw
 from pretrain.rundir import write_atomic, write_json_atomic
 from pretrain.scaling import page
@@ -16,8 +15,9 @@ from pretrain.scaling.cells import HELD_OUT, LADDER, REPEAT, Cell, Columns, colu
 from pretrain.scaling.compare import Multiplier, multiplier
 from pretrain.scaling.fit import Fit, FitConfig, Interval, fit, misfit, noise_sigma, optimal_share
 from pretrain.scaling.isoflop import Parabola, optimum_exponent, parabolas
+from pretrain.scaling.origin import origin
 from pretrain.scaling.plan import Planned, ScalingConfig
-from pretrain.scaling.run import unique_tokens
+from pretrain.scaling.run import Tables
 
 PUBLISHED_R_STAR = 15.4  # arXiv 2305.16264, R*_D
 
@@ -97,11 +97,11 @@ def predict(found: Fit, cell: Cell) -> Prediction:
 # --- text --------------------------------------------------------------------------------------------
 
 
-def plan_text(planned: Sequence[Planned], data: PreparedData) -> str:
+def plan_text(planned: Sequence[Planned], tables: Tables) -> str:
     """The plan as a table, with what it will read."""
     lines = [f"{'cell':44} {'budget':>9} {'N':>10} {'D':>12} {'D/N':>7} {'epochs':>7}"]
     for p in planned:
-        epochs = p.tokens / unique_tokens(p, data)
+        epochs = p.tokens / tables.unique_tokens(p.train)
         lines.append(
             f"{p.name:44} {p.budget_flops:9.2e} {p.params:10,} {p.tokens:12,} {p.tokens / p.params:7.1f} {epochs:7.2f}"
         )
@@ -281,6 +281,7 @@ def summary_json(analysis: Analysis, config: ScalingConfig, command: str) -> dic
 
     return {
         "command": command,
+        "origin": origin(),
         "fingerprint": fingerprint(config),
         "config": to_json(config),
         "cells": [dataclasses.asdict(cell) for cell in analysis.cells],
@@ -353,7 +354,7 @@ def page_parts(analysis: Analysis, config: ScalingConfig, name: str, command: st
             page.table(("arm", "multiplier", "interval", "pairs of runs"), rows),
         ]
     parts += [page.heading("IsoFLOP diagnostic"), _parabola_table(analysis)]
-    parts += [page.heading("Runs"), _cell_table(analysis, config, name)]
+    parts += [page.heading("Runs"), _cell_table(analysis)]
     return parts
 
 
@@ -391,7 +392,7 @@ def _parabola_table(analysis: Analysis) -> str:
     return page.table(("budget", "N at the minimum", "loss there"), rows)
 
 
-def _cell_table(analysis: Analysis, config: ScalingConfig, name: str) -> str:
+def _cell_table(analysis: Analysis) -> str:
     rows = [
         (
             c.name,

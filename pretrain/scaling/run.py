@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.allocator import keep_heap
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, fingerprint
 from pretrain.data.tables import PreparedData, prepare_tables
 from pretrain.jobs.api import Crashed, Done, Failure, Job, JobsFailed, Lost, Raised
 from pretrain.metrics import read_metrics
@@ -36,12 +36,28 @@ def train_cell(config: TrainConfig, name: str) -> str:
     return str(result.folder)
 
 
-def prepare(config: ScalingConfig) -> PreparedData:
-    """Build the tables once, before many processes ask for them."""
-    return prepare_tables(config.train.data, Path(config.train.run.workdir), config.train.run.seed)
+class Tables:
+    """The row tables of a ladder, built once, before many processes ask for them."""
+
+    def __init__(self, config: ScalingConfig):
+        self._workdir = Path(config.train.run.workdir)
+        self._found: dict[str, PreparedData] = {}
+        self.vocab_size = self.of(config.train).tokenizer.vocab_size
+
+    def of(self, train: TrainConfig) -> PreparedData:
+        """The tables that this run reads."""
+        key = fingerprint(train.data)
+        if key not in self._found:
+            self._found[key] = prepare_tables(train.data, self._workdir, train.run.seed)
+        return self._found[key]
+
+    def unique_tokens(self, train: TrainConfig) -> int:
+        """Positions of all train rows that a run may read: padding counts, as it does in D."""
+        rows = sum(len(table) for table in self.of(train).train_tables.values())
+        return rows * train.data.row_length
 
 
-def read_cell(planned: Planned, name: str, data: PreparedData) -> Cell | None:
+def read_cell(planned: Planned, name: str, tables: Tables) -> Cell | None:
     """The finished cell, None when its run is not.
 
     Raises:
@@ -66,19 +82,13 @@ def read_cell(planned: Planned, name: str, data: PreparedData) -> Cell | None:
         params=planned.params,
         params_total=planned.params_total,
         tokens=planned.tokens,
-        unique_tokens=unique_tokens(planned, data),
+        unique_tokens=tables.unique_tokens(planned.train),
         flops=planned.flops,
         budget_flops=planned.budget_flops,
         seed=planned.train.run.seed,
         loss=float(evaluated[-1]["nats_per_token"]),
         seconds=float(summary["seconds"]),
     )
-
-
-def unique_tokens(planned: Planned, data: PreparedData) -> int:
-    """Positions of all train rows that the cell may read: padding counts, as it does in D."""
-    rows = sum(len(table) for table in data.train_tables.values())
-    return max(1, rows * planned.train.data.row_length)
 
 
 def cell_dir(planned: Planned, name: str) -> RunDir:
@@ -133,12 +143,11 @@ def _is_finished(planned: Planned, name: str) -> bool:
     return path.exists() and json.loads(path.read_text())["steps"] >= planned.train.run.num_steps
 
 
-def finished_cells(config: ScalingConfig, name: str) -> tuple[list[Cell], list[Planned]]:
+def finished_cells(config: ScalingConfig, name: str, tables: Tables) -> tuple[list[Cell], list[Planned]]:
     """What the run folders hold: finished cells, and the planned ones that are missing."""
-    data = prepare(config)
     cells, missing = [], []
-    for planned in plan_cells(config, data.tokenizer.vocab_size):
-        cell = read_cell(planned, name, data)
+    for planned in plan_cells(config, tables.vocab_size):
+        cell = read_cell(planned, name, tables)
         if cell is None:
             missing.append(planned)
         elif not math.isfinite(cell.loss):
