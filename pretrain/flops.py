@@ -49,7 +49,7 @@ class ParamCount:
     total: int
     embedding: int  # the lookup table, tied or not
     head: int  # 0 when tied
-    matmul: int  # takes part in a matmul for each token: blocks and the head, a tied one included
+    matmul: int  # takes part in a matmul for each token: blocks (active experts only) and the head, also a tied one
 
     @property
     def without_embedding(self) -> int:
@@ -66,8 +66,14 @@ def count_params(model: ModelConfig, vocab_size: int) -> ParamCount:
     """Numbers of parameters by role, in closed form."""
     m = model
     attention = m.width * m.head_width * (2 * m.num_heads + 2 * m.num_kv_heads)
-    matrices = m.num_layers * (attention + 3 * m.width * m.hidden_width)
-    vectors = m.num_layers * m.width * (4 if m.post_norms else 2) + m.width
+    feed_forward = active = 3 * m.width * m.hidden_width
+    vectors = 0
+    if m.moe is not None:
+        router = m.width * m.moe.num_experts
+        feed_forward, active = feed_forward * m.moe.num_experts + router, active * m.moe.num_active + router
+        vectors = m.num_layers * m.moe.num_experts
+    matrices = m.num_layers * (attention + feed_forward)
+    vectors += m.num_layers * m.width * (4 if m.post_norms else 2) + m.width
     if m.qkv_bias:
         vectors += m.num_layers * m.head_width * (m.num_heads + 2 * m.num_kv_heads)
     if m.qk_norm:
@@ -75,7 +81,10 @@ def count_params(model: ModelConfig, vocab_size: int) -> ParamCount:
     table = vocab_size * m.width
     head = 0 if m.tied_head else table
     return ParamCount(
-        total=matrices + vectors + table + head, embedding=table, head=head, matmul=matrices + table
+        total=matrices + vectors + table + head,
+        embedding=table,
+        head=head,
+        matmul=m.num_layers * (attention + active) + table,
     )
 
 
@@ -189,14 +198,20 @@ def executed_flops(function: Callable[..., Any], *arguments: Any) -> float:
     step of their grid, so blocks that a kernel skips at run time are in; a `while` with an unknown number of
     iterations is an error, the dearest branch of a `cond` counts.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return executed_flops_of(jax.make_jaxpr(function)(*arguments))
 
 
-def _count(jaxpr: Any) -> float:
-    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def executed_flops_of(jaxpr: Any) -> float:
+    """As `executed_flops`, of a program that is traced already."""
+    return _count(jaxpr.jaxpr, 1)
 
 
-def _count_equation(equation: Any) -> float:
+def _count(jaxpr: Any, expert_parts: int) -> float:
+    return sum(_count_equation(equation, expert_parts) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any, expert_parts: int) -> float:
+    """`expert_parts`: over how many devices the rows of a ragged matmul are shared out."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -204,17 +219,19 @@ def _count_equation(equation: Any) -> float:
         return 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
     if name in ("ragged_dot", "ragged_dot_general"):
         rows, inner = equation.invars[0].aval.shape[-2:]
-        return 2.0 * rows * inner * equation.outvars[0].aval.shape[-1]
+        # Every device has room for all rows of its expert group; together they fill it once.
+        return 2.0 * rows * inner * _ragged_outputs(equation) / expert_parts
     if name == "cond":
-        return max(_count(branch.jaxpr) for branch in params["branches"])
+        return max(_count(branch.jaxpr, expert_parts) for branch in params["branches"])
     times = 1
     if name == "scan":
         times = params["length"]
     elif name == "shard_map":
         times = params["mesh"].size  # inside, shapes are those of one device; ours take all axes
+        expert_parts = params["mesh"].shape["expert"]
     elif name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
-    inner_flops = sum(_count(inner) for inner in _inner(params))
+    inner_flops = sum(_count(inner, expert_parts) for inner in _inner(params))
     if name == "while" and inner_flops:
         raise NotImplementedError("a while loop with matmuls has no known number of iterations; use scan")
     return times * inner_flops
@@ -228,3 +245,8 @@ def _inner(params: dict[str, Any]) -> Iterable[Any]:
                 yield item
             elif hasattr(item, "jaxpr") and hasattr(item.jaxpr, "eqns"):
                 yield item.jaxpr
+
+
+def _ragged_outputs(equation: Any) -> int:
+    """Columns of the result: what one row and one column of the inner dim are multiplied into."""
+    return equation.outvars[0].aval.shape[-1]

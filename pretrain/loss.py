@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
+from pretrain.model.moe import MoeConfig, RouterSums
 from pretrain.sharding import ACTIVATION_RULES, PARAM_RULES, axis_names, current_mesh, partition_spec, place
 
 
@@ -37,7 +38,7 @@ class LossConfig:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["objective", "nll", "z", "weight", "nll_by_source", "weight_by_source"],
+    data_fields=["objective", "nll", "z", "weight", "nll_by_source", "weight_by_source", "router"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,11 @@ class LossSums:
     weight: jax.Array
     nll_by_source: jax.Array  # [num_sources]
     weight_by_source: jax.Array
+    router: RouterSums | None = None  # of a model with experts
+
+    def with_router(self, router: RouterSums, config: MoeConfig) -> "LossSums":
+        """These sums with the losses of the routers in the objective."""
+        return dataclasses.replace(self, objective=self.objective + router.objective(config), router=router)
 
 
 @dataclasses.dataclass(frozen=True)

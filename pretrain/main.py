@@ -7,6 +7,7 @@ from pathlib import Path
 from pretrain.allocator import keep_heap
 from pretrain.checkpoint import AllCheckpointsBad, NoCheckpoint
 from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
+from pretrain.distributed import joined
 from pretrain.health import TooManySkips
 from pretrain.train import TrainConfig, train
 
@@ -21,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(
                 f"{path} must return a TrainConfig for pretrain.main, got {type(config).__name__}"
             )
-        return train(config, name=Path(path).stem).exit_code
+        with joined(config.distributed):
+            return train(config, name=Path(path).stem).exit_code
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)

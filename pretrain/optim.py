@@ -14,6 +14,7 @@ from optax import contrib
 
 from pretrain.config import ConfigError
 from pretrain.model.layers import ParamSpec
+from pretrain.model.moe import BiasBalance
 from pretrain.model.transformer import ModelConfig, param_specs
 from pretrain.sharding import axis_names, axis_size, current_mesh
 
@@ -210,6 +211,23 @@ def _scale_by_rate(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(lambda params: _NoState(), update)
 
 
+def _balance_experts(rate: float) -> optax.GradientTransformationExtraArgs:
+    """Move the bias of every expert against its load in this step, `rate` at a time (arXiv 2408.15664)."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, expert_load_LE: jax.Array, **_: Any
+    ) -> tuple[Any, Any]:
+        mean_L1 = jnp.mean(expert_load_LE, axis=1, keepdims=True)
+        move_LE = rate * jnp.sign(mean_L1 - expert_load_LE)
+
+        def replaced(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+            return move_LE.astype(value.dtype) if path[-1].key == "router_bias" else value
+
+        return jax.tree_util.tree_map_with_path(replaced, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: _NoState(), update)
+
+
 def _adam(config: AdamWConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
 
@@ -339,4 +357,7 @@ def make_optimizer(
         decayed = _map_specs(lambda spec, _: spec.role != "vector", params)
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     parts.append(_scale_by_rate(config, num_steps))
+    moe = model_config.moe
+    if moe is not None and isinstance(moe.balance, BiasBalance):
+        parts.append(_balance_experts(moe.balance.rate))
     return optax.with_extra_args_support(optax.chain(*parts))

@@ -222,6 +222,11 @@ class OnMesh:
         with self._scope():
             return in_turn(self._function(*arguments))
 
+    def trace(self, *arguments: Any) -> Any:
+        """As `jax.jit(f).trace`."""
+        with self._scope():
+            return self._function.trace(*arguments)
+
     def lower(self, *arguments: Any) -> Any:
         """As `jax.jit(f).lower`."""
         with self._scope():

@@ -23,7 +23,7 @@ from pretrain.model.transformer import (
     ModelConfig,
     Params,
     abstract_params,
-    forward,
+    forward_with_router,
     head_DV,
     init_params,
     param_shardings,
@@ -52,14 +52,14 @@ def language_model_loss(model: ModelConfig, loss: LossConfig, num_sources: int) 
     """Next-token loss of a batch."""
 
     def loss_sums(params: Params, batch: Batch) -> LossSums:
-        hidden_BTD = forward(
+        hidden_BTD, router = forward_with_router(
             params,
             model,
             batch.tokens_BT1[:, :-1],
             batch.positions_BT1[:, :-1],
             batch.segment_ids_BT1[:, :-1],
         )
-        return cross_entropy(
+        sums = cross_entropy(
             hidden_BTD,
             head_DV(params, model),
             batch.tokens_BT1[:, 1:],
@@ -70,6 +70,7 @@ def language_model_loss(model: ModelConfig, loss: LossConfig, num_sources: int) 
             chunk_tokens=loss.chunk_tokens,
             softcap=model.final_softcap,
         )
+        return sums if router is None or model.moe is None else sums.with_router(router, model.moe)
 
     return loss_sums
 
@@ -218,7 +219,10 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         guard_state, ok = guard(state.health, _mean(sums.objective, sums.weight), grad_norm, health)
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+            load_LE = None if sums.router is None else sums.router.load_E
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, step=state.step, expert_load_LE=load_LE
+            )
             params = optax.apply_updates(state.params, updates)
         params, opt_state = keep_if(ok, (params, opt_state), (state.params, state.opt_state))
         metrics = {
@@ -232,6 +236,8 @@ def make_train_step(
             "nll_by_source": sums.nll_by_source,
             "weight_by_source": sums.weight_by_source,
         }
+        if sums.router is not None:
+            metrics |= sums.router.metrics()
         if learning_rate is not None:
             metrics["learning_rate"] = learning_rate(state.step)
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, health=guard_state)

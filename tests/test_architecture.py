@@ -21,7 +21,7 @@ ROOMS = ("pretrain", "synth", "research_env")
 # A folder stands for all modules below it.
 LAYERS = {
     "pretrain": (
-        "config rundir metrics wandb_sink plots tokenizer jobs compat allocator",
+        "config rundir metrics wandb_sink plots tokenizer jobs compat distributed collectives roofline allocator",
         "sharding",
         "data kernels",
         "model",

@@ -40,6 +40,15 @@ PARAM_SPECS = {
     # Gate and up are one array for one matmul, but two matrices for Muon: the middle dim is a batch.
     "gate_up": ParamSpec(dims=("embed", None, "mlp"), role="matrix", inputs=(0,), outputs=(2,)),
     "down": ParamSpec(dims=("mlp", "embed"), role="matrix", inputs=(0,), outputs=(1,)),
+    # The router is small and float32: like the vectors it is neither decayed nor orthogonalized.
+    "router": ParamSpec(dims=("embed", None), role="vector"),
+    "router_bias": ParamSpec(dims=(None,), role="vector"),
+    "expert_gate_up": ParamSpec(
+        dims=("experts", "expert_embed", None, "mlp"), role="matrix", inputs=(1,), outputs=(3,)
+    ),
+    "expert_down": ParamSpec(
+        dims=("experts", "mlp", "expert_embed"), role="matrix", inputs=(1,), outputs=(2,)
+    ),
     "query_bias": ParamSpec(dims=("heads", None), role="vector"),
     "key_bias": ParamSpec(dims=("kv_heads", None), role="vector"),
     "value_bias": ParamSpec(dims=("kv_heads", None), role="vector"),
@@ -83,20 +92,20 @@ class Rope:
         are looked up: XLA:CPU would repeat sine and cosine in every fusion that uses them.
         """
         if num_positions * head_width <= _MAX_CONSTANT:
-            angle_SH = np.outer(np.arange(num_positions), self._frequencies(np, head_width)).astype(
+            angle_SH = np.outer(np.arange(num_positions), self.frequencies(np, head_width)).astype(
                 np.float32
             )
             both = np.concatenate([np.cos(angle_SH)] * 2 + [np.sin(angle_SH)] * 2, axis=1)
             layout = activation_spec(("batch", "time", None), (*positions_BT.shape, 2 * head_width))
             found = jnp.asarray(both).at[positions_BT].get(mode="fill", out_sharding=layout)[:, :, None, :]
             return found[..., :head_width], found[..., head_width:]
-        frequency_H = self._frequencies(jnp, head_width)
+        frequency_H = self.frequencies(jnp, head_width)
         angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None, :]
         angle = jnp.where((positions_BT < num_positions)[:, :, None, None], angle, jnp.nan)
         cos, sin = (jnp.concatenate([f(angle)] * 2, axis=-1) for f in (jnp.cos, jnp.sin))
         return cos, sin
 
-    def _frequencies(self, xnp: Any, head_width: int) -> Any:
+    def frequencies(self, xnp: Any, head_width: int) -> Any:
         """Radians per position, float32, [H/2]; `xnp` is numpy or jax.numpy."""
         exponent = xnp.arange(0, head_width, 2, dtype=xnp.float32) / head_width
         frequency = 1.0 / xnp.power(xnp.float32(self.theta), exponent)
@@ -168,7 +177,8 @@ def _matmul_backward(residuals: tuple[jax.Array, jax.Array], d_XO: jax.Array) ->
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """A float32 parameter drawn from a normal distribution."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
@@ -206,10 +216,10 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         D, N, K, H = width, num_heads, num_kv_heads, head_width
-        self.query = _normal(rngs, (D, N, H), D**-0.5)
-        self.key = _normal(rngs, (D, K, H), D**-0.5)
-        self.value = _normal(rngs, (D, K, H), D**-0.5)
-        self.out = _normal(rngs, (N, H, D), out_std_factor * (N * H) ** -0.5)
+        self.query = normal_param(rngs, (D, N, H), D**-0.5)
+        self.key = normal_param(rngs, (D, K, H), D**-0.5)
+        self.value = normal_param(rngs, (D, K, H), D**-0.5)
+        self.out = normal_param(rngs, (N, H, D), out_std_factor * (N * H) ** -0.5)
         self.qkv_bias, self.qk_norm, self.dtype = qkv_bias, qk_norm, dtype
         if qkv_bias:
             self.query_bias = nnx.Param(jnp.zeros((N, H), jnp.float32))
@@ -259,8 +269,8 @@ class Mlp(nnx.Module):
         rngs: nnx.Rngs,
     ):
         D, F = width, hidden_width
-        self.gate_up = _normal(rngs, (D, 2, F), D**-0.5)
-        self.down = _normal(rngs, (F, D), out_std_factor * F**-0.5)
+        self.gate_up = normal_param(rngs, (D, 2, F), D**-0.5)
+        self.down = normal_param(rngs, (F, D), out_std_factor * F**-0.5)
         self.activation, self.dtype = activation, dtype
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -289,7 +299,7 @@ class Embedding(nnx.Module):
     """Token vectors: a gather from the table, or from each device's part of the vocabulary."""
 
     def __init__(self, *, vocab_size: int, width: int, std: float, rngs: nnx.Rngs):
-        self.embedding = _normal(rngs, (vocab_size, width), std)
+        self.embedding = normal_param(rngs, (vocab_size, width), std)
 
 
 def look_up(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pretrain.config import ConfigError, local
 from pretrain.kernels.attention.api import AttentionSpec, attention
@@ -30,6 +30,7 @@ from pretrain.model.layers import (
     Rope,
     look_up,
 )
+from pretrain.model.moe import Experts, MoeConfig, RouterSums
 from pretrain.sharding import activation_spec, current_mesh, place, shardings_of, use_weight
 
 Params = dict[str, Any]
@@ -56,6 +57,8 @@ class ModelConfig:
     # The kinds of layers, repeated from the first layer on; Gemma 3 is five windows and one global.
     layer_pattern: tuple[LayerKind, ...] = (LayerKind(),)
     activation: Literal["silu", "gelu_tanh"] = "silu"
+    # Experts instead of one feed-forward network in every layer, each of hidden_width.
+    moe: MoeConfig | None = None
     # Marin's 32B left a regime of loss spikes only through qk-norm; imports of Llama and Qwen 2 turn it off.
     qk_norm: bool = True
     qkv_bias: bool = False
@@ -139,7 +142,8 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.mlp_norm = norm()
-        self.mlp = Mlp(
+        feed_forward = Mlp if c.moe is None else functools.partial(Experts, config=c.moe)
+        self.mlp = feed_forward(
             width=c.width,
             hidden_width=c.hidden_width,
             activation=c.activation,
@@ -154,11 +158,21 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], tables: Any, attend: Any) -> Float[Array, "B T D"]:
         """`tables` are the rotary tables, `attend(q, k, v)` the attention product for this kind of layer."""
+        return self.with_router(x_BTD, tables, attend, None)[0]
+
+    def with_router(
+        self, x_BTD: Float[Array, "B T D"], tables: Any, attend: Any, real_BT: Bool[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        """As a call, and what the router did with the tokens of documents (`real_BT`; None: all)."""
         q, k, v = self.attention.project(self.attention_norm(x_BTD), tables)
         branch = self.attention.finish(attend(q, k, v))
         x_BTD = x_BTD + (self.post_attention_norm(branch) if self.post_norms else branch)
-        branch = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + (self.post_mlp_norm(branch) if self.post_norms else branch)
+        normed_BTD, sums = self.mlp_norm(x_BTD), None
+        if isinstance(self.mlp, Experts):
+            branch, sums = self.mlp(normed_BTD, real_BT)
+        else:
+            branch = self.mlp(normed_BTD)
+        return x_BTD + (self.post_mlp_norm(branch) if self.post_norms else branch), sums
 
 
 class Head(nnx.Module):
@@ -307,13 +321,15 @@ def _repeat_heads(x_BTKH: jax.Array, times: int) -> jax.Array:
 
 
 def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
-    """(x, arrays of one layer, tables, plan) -> x, for layers of `kind`."""
+    """(x, arrays of one layer, tables, plan, real) -> (x, sums of the router), for layers of `kind`."""
     definition = block_definition(config)
     spec = config.spec(kind)
 
-    def run(x_BTD: jax.Array, layer: Params, tables: Any, plan: PackPlan | None) -> jax.Array:
+    def run(
+        x_BTD: jax.Array, layer: Params, tables: Any, plan: PackPlan, real_BT: jax.Array | None
+    ) -> tuple[jax.Array, RouterSums | None]:
         block = nnx.merge(definition, layer)
-        return block(x_BTD, tables, lambda q, k, v: attend(q, k, v, plan, spec, impl))
+        return block.with_router(x_BTD, tables, lambda q, k, v: attend(q, k, v, plan, spec, impl), real_BT)
 
     return _remat(config, run)
 
@@ -336,7 +352,8 @@ def _run_blocks(
     positions_BT: jax.Array,
     segment_ids_BT: Any,
     impl: str,
-) -> jax.Array:
+) -> tuple[jax.Array, RouterSums | None]:
+    """The residual stream after all layers, and the sums of their routers, layers first."""
     pattern = config.layer_pattern
     plan_of = {kind.window: _plan(segment_ids_BT, config.spec(kind), x_BTD.shape[:2]) for kind in pattern}
     tables_of = {
@@ -344,26 +361,32 @@ def _run_blocks(
         for kind in pattern
     }
     functions = {kind: _layer_function(config, kind, impl) for kind in pattern}
+    real_BT = None if config.moe is None or segment_ids_BT is None else segment_ids_BT > 0
 
-    def step(x: jax.Array, layer: Params, kind: LayerKind) -> jax.Array:
-        return functions[kind](x, layer, tables_of[kind.rope], plan_of[kind.window])
+    def step(x: jax.Array, layer: Params, kind: LayerKind) -> tuple[jax.Array, RouterSums | None]:
+        return functions[kind](x, layer, tables_of[kind.rope], plan_of[kind.window], real_BT)
 
     # The scan runs over whole periods of the pattern; layers left over at the end follow one by one.
     period = len(pattern)
     num_periods = config.num_layers // period if config.scan_layers else 0
     scanned = num_periods * period
+    of_layers: list[RouterSums | None] = []
     if num_periods:
         grouped = jax.tree.map(lambda a: a[:scanned].reshape(num_periods, period, *a.shape[1:]), blocks)
 
-        def body(x: jax.Array, layers: Params) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, layers: Params) -> tuple[jax.Array, Any]:
+            sums = []
             for i, kind in enumerate(pattern):
-                x = step(x, jax.tree.map(lambda a, i=i: a[i], layers), kind)
-            return x, None
+                x, router = step(x, jax.tree.map(lambda a, i=i: a[i], layers), kind)
+                sums.append(router)
+            return x, jax.tree.map(lambda *a: jnp.stack(a), *sums)
 
-        x_BTD, _ = jax.lax.scan(body, x_BTD, grouped)
+        x_BTD, of_periods = jax.lax.scan(body, x_BTD, grouped)
+        of_layers.append(jax.tree.map(lambda a: a.reshape(scanned, *a.shape[2:]), of_periods))
     for i in range(scanned, config.num_layers):
-        x_BTD = step(x_BTD, jax.tree.map(lambda a, i=i: a[i], blocks), config.kind(i))
-    return x_BTD
+        x_BTD, router = step(x_BTD, jax.tree.map(lambda a, i=i: a[i], blocks), config.kind(i))
+        of_layers.append(jax.tree.map(lambda a: a[None], router))
+    return x_BTD, jax.tree.map(lambda *a: jnp.concatenate(a), *of_layers)
 
 
 def forward(
@@ -380,14 +403,29 @@ def forward(
     `segment_ids_BT` are 1, 2, .. per document and 0 on padding; None is one document per row. Memory holds
     no [B, T, V] array; see loss.cross_entropy and `logits`.
     """
+    return forward_with_router(
+        params, config, tokens_BT, positions_BT, segment_ids_BT, attention_impl=attention_impl
+    )[0]
+
+
+def forward_with_router(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"] | None,
+    *,
+    attention_impl: str | None = None,
+) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+    """As `forward`, and the sums of the routers of all layers; None without experts."""
     c = config
     positions_BT = place(positions_BT, ("batch", "time"))
     x_BTD = look_up(params["embed"]["embedding"], tokens_BT, c.dtype)
     if c.embed_scale:
         x_BTD = x_BTD * jnp.asarray(math.sqrt(c.width), x_BTD.dtype)
     impl = c.attention_impl if attention_impl is None else attention_impl
-    x_BTD = _run_blocks(c, params["blocks"], x_BTD, positions_BT, segment_ids_BT, impl)
-    return final_hidden(x_BTD, params, c)
+    x_BTD, router = _run_blocks(c, params["blocks"], x_BTD, positions_BT, segment_ids_BT, impl)
+    return final_hidden(x_BTD, params, c), router
 
 
 def final_hidden(x_BTD: Float[Array, "B T D"], params: Params, config: ModelConfig) -> Float[Array, "B T D"]:

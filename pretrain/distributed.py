@@ -1,0 +1,242 @@
+"""The processes of one run: how they find each other, which of them writes, and what happens when one is lost.
+
+Every process runs the same program on its own devices; process 0 coordinates and is the only one that writes files.
+Who is who comes from SLURM, from a TPU's own metadata, from the variables that torchrun-like launchers set, or from
+the config. A process whose peer is gone ends with code 7 and one line, for its launcher to start the run again.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import jax
+from jax.experimental import multihost_utils
+
+from pretrain.config import ConfigError, local
+
+EXIT_PEER_LOST = 7
+_CLUSTERS = ("none", "slurm", "tpu", "torchrun", "explicit")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How the processes of a run find each other; `none` is one process alone."""
+
+    cluster: Literal["none", "slurm", "tpu", "torchrun", "explicit"] = local("none")
+    coordinator: str = local(
+        ""
+    )  # explicit: host:port on which process 0 listens; slurm: its port, 12321 by default
+    num_processes: int | None = local(None)
+    process_id: int | None = local(None)
+    join_timeout_s: int = local(300)
+    heartbeat_timeout_s: int = local(30)  # a process that is silent for so long is lost
+
+    def __post_init__(self):
+        faults = []
+        if self.cluster not in _CLUSTERS:
+            faults.append(f"cluster must be one of {', '.join(_CLUSTERS)}, got {self.cluster!r}")
+        given = {
+            "coordinator": self.coordinator or None,
+            "num_processes": self.num_processes,
+            "process_id": self.process_id,
+        }
+        if self.cluster == "explicit":
+            missing = [name for name, value in given.items() if value is None]
+            # All three are given on one command line; one at a time is how overrides arrive in tests of a field.
+            if missing and len(missing) < len(given):
+                faults.append(f"cluster=explicit needs {', '.join(missing)} as well")
+        elif self.cluster != "slurm" and any(value is not None for value in given.values()):
+            named = next(name for name, value in given.items() if value is not None)
+            faults.append(f"{named} belongs to cluster=explicit, got cluster={self.cluster}")
+        if self.num_processes is not None and self.num_processes < 1:
+            faults.append(f"num_processes must be at least 1, got {self.num_processes}")
+        if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 1 << 30):
+            faults.append(
+                f"process_id must lie in [0, num_processes={self.num_processes}), got {self.process_id}"
+            )
+        if self.coordinator and not re.fullmatch(r"(\S+:)?\d+", self.coordinator):
+            faults.append(f"coordinator must be host:port, got {self.coordinator!r}")
+        for name in ("join_timeout_s", "heartbeat_timeout_s"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if faults:
+            raise ConfigError(*faults)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Membership:
+    """This process among those of the run."""
+
+    coordinator: str  # host:port
+    num_processes: int
+    process_id: int
+    local_device: int | None = None  # the one device of its host that it takes; None takes all
+
+
+def membership(config: DistributedConfig, environment: Mapping[str, str]) -> Membership | None:
+    """Who this process is; None when a TPU's own metadata will tell.
+
+    Raises:
+      ConfigError: the launcher's variables are not there.
+    """
+    match config.cluster:
+        case "explicit":
+            if not config.coordinator or config.num_processes is None or config.process_id is None:
+                raise ConfigError(
+                    "distributed.cluster=explicit needs coordinator=host:port, num_processes and process_id"
+                )
+            return Membership(
+                coordinator=config.coordinator,
+                num_processes=config.num_processes,
+                process_id=config.process_id,
+            )
+        case "slurm":
+            return _of_slurm(config, _Variables(environment, "slurm", "srun"))
+        case "torchrun":
+            return _of_torchrun(_Variables(environment, "torchrun", "torchrun, or a launcher like it"))
+        case _:
+            return None
+
+
+@contextlib.contextmanager
+def joined(config: DistributedConfig) -> Iterator[None]:
+    """Be one of the processes of a run inside the block.
+
+    When another process is lost this one says so and ends with code 7, without the usual farewell: that would wait
+    for the lost one.
+
+    Raises:
+      ConfigError: the launcher's variables are not there, or the processes do not come together in time.
+    """
+    if config.cluster == "none":
+        yield
+        return
+    _join(config, membership(config, os.environ))
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not _says_lost(error):
+            raise
+        sys.stdout.flush()
+        line = " ".join(str(error).split())[:300]
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} lost another one and ends; start all "
+            f"processes again, they resume from the last checkpoint ({line})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_PEER_LOST)
+
+
+def is_writer() -> bool:
+    """This process writes the files of the run."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Go on when every process has come here; `what` must be the same text in all of them."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _join(config: DistributedConfig, member: Membership | None) -> None:
+    settings = {} if member is None else _settings(member)
+    try:
+        jax.distributed.initialize(
+            **settings,
+            initialization_timeout=config.join_timeout_s,
+            heartbeat_timeout_seconds=config.heartbeat_timeout_s,
+            shutdown_timeout_seconds=config.heartbeat_timeout_s,
+        )
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
+        where = "a TPU's metadata" if member is None else member.coordinator
+        line = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the processes of a run must meet within distributed.join_timeout_s={config.join_timeout_s}, and this one "
+            f"found no meeting by way of {where}: {line}"
+        ) from error
+
+
+def _settings(member: Membership) -> dict[str, object]:
+    return {
+        "coordinator_address": member.coordinator,
+        "num_processes": member.num_processes,
+        "process_id": member.process_id,
+        "local_device_ids": None if member.local_device is None else [member.local_device],
+        "cluster_detection_method": "deactivate",
+    }
+
+
+# What jaxlib, Gloo and NCCL say when a process or its connection is gone.
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|gloo|heartbeat|coordination service|peer|socket closed|broken pipe|"
+    r"nccl.*(abort|remote)|task.*(died|unhealthy|disconnected)|timed out",
+    re.IGNORECASE,
+)
+
+
+def _says_lost(error: Exception) -> bool:
+    return not isinstance(error, ConfigError) and jax.process_count() > 1 and bool(_LOST.search(str(error)))
+
+
+class _Variables:
+    """The variables of a launcher, read with a clear word when they are missing."""
+
+    def __init__(self, environment: Mapping[str, str], cluster: str, launcher: str):
+        self._environment, self._cluster, self._launcher = environment, cluster, launcher
+
+    def text(self, *names: str) -> str:
+        for name in names:
+            if name in self._environment:
+                return self._environment[name]
+        raise ConfigError(
+            f"distributed.cluster={self._cluster} reads {names[0]}, which is not set; start the processes with "
+            f"{self._launcher}, or use cluster=explicit"
+        )
+
+    def number(self, *names: str) -> int:
+        text = self.text(*names)
+        if not text.isdigit():
+            raise ConfigError(f"{names[0]} must be a number, got {text!r}")
+        return int(text)
+
+    def number_or(self, default: int, *names: str) -> int:
+        return self.number(*names) if any(name in self._environment for name in names) else default
+
+
+def _of_slurm(config: DistributedConfig, variables: _Variables) -> Membership:
+    port = config.coordinator.rpartition(":")[2] or "12321"
+    host = config.coordinator.rpartition(":")[0] or first_host(
+        variables.text("SLURM_STEP_NODELIST", "SLURM_NODELIST")
+    )
+    num_processes = variables.number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    num_hosts = variables.number_or(1, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
+    return Membership(
+        coordinator=f"{host}:{port}",
+        num_processes=num_processes,
+        process_id=variables.number("SLURM_PROCID"),
+        # One task a host takes all of its devices; several share them out.
+        local_device=variables.number("SLURM_LOCALID") if num_processes > num_hosts else None,
+    )
+
+
+def _of_torchrun(variables: _Variables) -> Membership:
+    several = variables.number_or(1, "LOCAL_WORLD_SIZE") > 1
+    return Membership(
+        coordinator=f"{variables.text('MASTER_ADDR')}:{variables.text('MASTER_PORT')}",
+        num_processes=variables.number("WORLD_SIZE"),
+        process_id=variables.number("RANK"),
+        local_device=variables.number("LOCAL_RANK") if several else None,
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list: `gpu[07-09,12],login` begins with gpu07."""
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
+    if found is None:
+        raise ConfigError(f"a SLURM node list must name a host, got {nodes!r}")
+    return found[1] + (found[2] or "") + (found[3] or "")
