@@ -57,7 +57,6 @@ class AIResearchEnv:
         budget: Budget | None = None,
         seed: int = 0,
         devices: Devices | None = None,
-        cache: str = "",
     ):
         self.workdir = Path(workdir) if workdir else Path("runs") / "research" / Path(codebase).name
         self.resource = Resource.parse(resource)
@@ -75,8 +74,9 @@ class AIResearchEnv:
         except BaseException:
             self.ledger.close()
             raise
-        self.cache = cache
         self.env_digest = digest(self.task.digest, self.isolation.level, _interpreter())
+        self.cache = self.workdir / "caches" / self.env_digest[:32] if self.task.compile_cache else None
+        self._is_filling_cache = False
         self.screen_seed = stable_seed(self.seed, "screen")
         self._trees: dict[str, Mapping[str, bytes]] = {tree_digest(self.task.baseline): self.task.baseline}
         self.on_result: Callable[[Node, str, Result], None] = lambda node, purpose, result: None
@@ -207,6 +207,7 @@ class AIResearchEnv:
     ) -> list[Result]:
         """`evaluate`, each candidate with its own seed (None is the campaign's screening seed)."""
         rung = self.task.rungs[-1] if rung is None else rung
+        self._fill_cache()
         keys: list[str] = []
         pending: dict[str, tuple[Candidate, int]] = {}
         cached: set[str] = set()
@@ -253,6 +254,20 @@ class AIResearchEnv:
             seen.add(key)
         return results
 
+    def _fill_cache(self) -> None:
+        """Run the baseline alone first, where a compile cache is wanted and absent: its compiles become the cache."""
+        if self.cache is None or self.cache.is_dir() or self._is_filling_cache:
+            return
+        if self.ledger.result(
+            self.run_key(tree_digest(self.task.baseline), self.screen_seed, self.task.rungs[-1])
+        ):
+            return
+        self._is_filling_cache = True
+        try:
+            self.evaluate([self.add("", key="baseline")], purpose="baseline")
+        finally:
+            self._is_filling_cache = False
+
     def _record_refusal(self, candidate: "Candidate", seed: int, rung: float, purpose: str) -> str:
         assert candidate.refusal is not None
         key = digest("refusal", self.env_digest, candidate.node.id)[:32]
@@ -288,7 +303,8 @@ class AIResearchEnv:
             workdir=str(self.workdir),
             cpus=cpus if self.resource.kind == "CPU" else (),
             num_devices=self.resource.count,
-            cache=self.cache,
+            cache=str(self.cache) if self.cache and (self.cache.is_dir() or self._is_filling_cache) else "",
+            fills_cache=self._is_filling_cache,
         )
         is_sealed = self.ledger.states()[key] == "SEALED"
         try:

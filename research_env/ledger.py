@@ -69,7 +69,17 @@ class Ledger:
             for key in keys:
                 self._db.execute("update runs set state = 'QUEUED' where key = ?", (key,))
                 self._event("requeued", key, "the supervisor ended while it ran")
+            for (key,) in self._db.execute("select key from calls where state = 'ASKED'").fetchall():
+                self._lose(key)
         return len(keys)
+
+    def _lose(self, key: str) -> None:
+        """A call that was sent and brought no reply keeps its worst case as its price; the key is free again."""
+        number = self._db.execute("select count(*) from calls where state = 'LOST'").fetchone()[0]
+        self._db.execute(
+            "update calls set state = 'LOST', key = ? where key = ? and state = 'ASKED'",
+            (f"{key}#{number}", key),
+        )
 
     def _transaction(self) -> "_Transaction":
         return _Transaction(self._db, self._mutex)
@@ -200,17 +210,24 @@ class Ledger:
 
     # --- money
 
-    def call(self, key: str, model: str, prompt_hash: str) -> str | None:
-        """The recorded reply of a model call, or None after writing the intent to make it."""
+    def reply(self, key: str) -> str | None:
+        """The recorded reply of a model call, or None."""
+        with self._mutex:
+            row = self._db.execute(
+                "select reply from calls where key = ? and state = 'DONE'", (key,)
+            ).fetchone()
+        return None if row is None else row[0]
+
+    def ask(
+        self, key: str, model: str, prompt_hash: str, *, tokens_in: int, tokens_out: int, cost_usd: float
+    ) -> None:
+        """Write the intent to make a call, at its worst price."""
         with self._transaction():
-            row = self._db.execute("select state, reply from calls where key = ?", (key,)).fetchone()
-            if row is not None and row[0] == "DONE":
-                return row[1]
             self._db.execute(
-                "insert or ignore into calls(key, model, prompt_hash, state) values (?, ?, ?, 'ASKED')",
-                (key, model, prompt_hash),
+                "insert into calls(key, model, prompt_hash, state, tokens_in, tokens_out, cost_usd) "
+                "values (?, ?, ?, 'ASKED', ?, ?, ?)",
+                (key, model, prompt_hash, tokens_in, tokens_out, cost_usd),
             )
-            return None
 
     def answer(self, key: str, reply: str, *, tokens_in: int, tokens_out: int, cost_usd: float) -> None:
         """Record a reply and what it cost."""
@@ -219,6 +236,19 @@ class Ledger:
                 "update calls set state = 'DONE', reply = ?, tokens_in = ?, tokens_out = ?, cost_usd = ? where key = ?",
                 (reply, tokens_in, tokens_out, cost_usd, key),
             )
+
+    def unanswered(self, key: str, *, was_sent: bool) -> None:
+        """A call that failed: one that was sent may have been charged and keeps its worst price, another is forgotten."""
+        with self._transaction():
+            if was_sent:
+                self._lose(key)
+            else:
+                self._db.execute("delete from calls where key = ? and state = 'ASKED'", (key,))
+
+    def calls(self) -> dict[str, int]:
+        """How many calls are in each state: ASKED, DONE, LOST."""
+        with self._mutex:
+            return dict(self._db.execute("select state, count(*) from calls group by state").fetchall())
 
     def note(self, kind: str, key: str, detail: str) -> None:
         """Append an event of the search (a promotion, an epoch, a migration)."""

@@ -13,7 +13,7 @@ from research_env.dashboards.page import write_page
 from research_env.env import AIResearchEnv
 from research_env.search.campaign import ArmResult, confirm_best, measure_noise, run_arm
 from research_env.search.proposal import Told
-from research_env.search.recipe import ResearchConfig, build_arm, make_candidate
+from research_env.search.recipe import ResearchConfig, build_arm, build_maker
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,7 +86,7 @@ def _run_arm(
             markup=False,
         )
 
-    search, make = build_arm(env, name, config, noise, mean), make_candidate(env, config, name)
+    search, make = build_arm(name, config, noise), build_maker(env, name, config, mean)
     result = run_arm(
         env, search, make, num_candidates=config.num_candidates, batch=config.batch, noise=noise, baseline_mean=mean,
         on_told=show,

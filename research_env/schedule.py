@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pretrain.config import ConfigError
 from research_env.ledger import Ledger
@@ -28,21 +28,28 @@ class Budget:
     max_tokens: int | None = None
     max_cost_usd: float | None = None
 
-    def check(self, spent: dict[str, float], num_new_runs: int = 0) -> None:
+    def check(
+        self,
+        spent: Mapping[str, float],
+        num_new_runs: int = 0,
+        *,
+        new_tokens: int = 0,
+        new_cost_usd: float = 0.0,
+    ) -> None:
         """Raises:
-        OutOfBudget: the new runs do not fit, or something is used up.
+        OutOfBudget: the new runs or calls do not fit, or something is used up.
         """
         if self.max_runs is not None and spent["runs"] + num_new_runs > self.max_runs:
             raise OutOfBudget(
                 f"max_runs={self.max_runs}: {spent['runs']:.0f} are done, {num_new_runs} more were asked for"
             )
-        for name, limit in (
-            ("device_s", self.max_device_s),
-            ("tokens", self.max_tokens),
-            ("cost_usd", self.max_cost_usd),
+        for name, limit, new in (
+            ("device_s", self.max_device_s, 0.0),
+            ("tokens", self.max_tokens, new_tokens),
+            ("cost_usd", self.max_cost_usd, new_cost_usd),
         ):
-            if limit is not None and spent[name] >= limit:
-                raise OutOfBudget(f"max_{name}={limit:g}: {spent[name]:g} are spent")
+            if limit is not None and (spent[name] >= limit or spent[name] + new > limit):
+                raise OutOfBudget(f"max_{name}={limit:g}: {spent[name]:g} are spent, a call may need {new:g}")
 
 
 class Devices:

@@ -45,7 +45,8 @@ class JobSpec:
     workdir: str  # where sealed artifacts and the judge's files are
     cpus: tuple[int, ...] = ()
     num_devices: int = 1
-    cache: str = ""  # compile cache, read-only to candidates
+    cache: str = ""  # compile cache on the host, read-only to candidates
+    fills_cache: bool = False  # the harness's own baseline, whose compiles become the cache
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; the tree is base64."""
@@ -181,6 +182,8 @@ def run_job(
             f"locked files in {judge_files} were changed; delete the folder"
         )
         common["judge_s"] = time.monotonic() - start
+        if spec.fills_cache and status is Status.OK:
+            _keep_cache(spec, scratch)
         return Result(status=status, reason=reason, metric=metric, extra=extra, **common)
     finally:
         scratch.remove()
@@ -201,9 +204,8 @@ def _train(
     if task.data:
         mounts.append(Mount(host=os.path.abspath(task.data), name="data"))
         environment["DATA"] = "{data}"
-    if spec.cache:
-        mounts.append(Mount(host=spec.cache, name="cache"))
-        environment |= {"JAX_COMPILATION_CACHE_DIR": "{cache}", **CACHE_SETTINGS}
+    mounts += _cache_mounts(spec, scratch)
+    environment |= _cache_environment(spec)
     changed = [
         path for path, data in spec.tree.items() if path.endswith(".py") and task.baseline.get(path) != data
     ]
@@ -235,6 +237,34 @@ CACHE_SETTINGS = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
+
+
+def _cache_mounts(spec: JobSpec, scratch: Scratch) -> list[Mount]:
+    """The compile cache: whoever writes it can run code in its readers, so only the baseline's own run may."""
+    if not spec.cache:
+        return []
+    if not spec.fills_cache:
+        return [Mount(host=os.path.abspath(spec.cache), name="cache")]
+    if not (scratch.path / "cache").is_dir():
+        scratch.folder("cache")
+    return [Mount(host=str(scratch.path / "cache"), name="cache", writable=True)]
+
+
+def _cache_environment(spec: JobSpec) -> dict[str, str]:
+    return {"JAX_COMPILATION_CACHE_DIR": "{cache}", **CACHE_SETTINGS} if spec.cache else {}
+
+
+def _keep_cache(spec: JobSpec, scratch: Scratch) -> None:
+    """Copy what the baseline compiled to where later jobs read it; plain files only, all or nothing."""
+    building = Path(spec.cache).with_name(f".{Path(spec.cache).name}-{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        seal_artifact(scratch.path / "cache", building, ["*"], scratch.disk_bytes)
+    except NoArtifact:
+        building.mkdir(exist_ok=True)  # it compiled nothing: an empty cache is a cache
+    shutil.rmtree(spec.cache, ignore_errors=True)
+    building.rename(spec.cache)
 
 
 def _threads(spec: JobSpec) -> dict[str, str]:
@@ -305,12 +335,16 @@ def _judge(
                 *base,
                 Mount(host=str(tree), name="ws"),
                 Mount(host=os.path.abspath(judge_files / "server"), name="server"),
+                *_cache_mounts(spec, scratch),
             ]
+            server_environment = {**_threads(spec), **_cache_environment(spec)}
         for index in range(task.num_servers):
             to_server, from_judge = os.pipe()
             to_judge, from_server = os.pipe()
             judge_fds += [to_judge, from_judge]
-            jail = _jail(spec, task, scratch, server_mounts, "ws", _threads(spec), suffix=f"server{index}")
+            jail = _jail(
+                spec, task, scratch, server_mounts, "ws", server_environment, suffix=f"server{index}"
+            )
             limits = dataclasses.replace(task.limits, wall_s=task.judge_limits.wall_s + 5)
             argv = [sys.executable, "-I", "{server}/server.py", task.serve_module, "{artifact}"]
             try:

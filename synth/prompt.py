@@ -65,16 +65,17 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 @functools.cache
-def load_prompt(name: str) -> Prompt:
-    """Read `prompts/<name>.txt`: a `[system]` part, then a `[user]` part.
+def load_prompt(name: str, folder: Path = PROMPTS) -> Prompt:
+    """Read `<folder>/<name>.txt`: a `[system]` part, then a `[user]` part.
 
     Raises:
       ConfigError: there is no such prompt, or it has not both parts.
     """
-    path = PROMPTS / f"{name}.txt"
+    path = folder / f"{name}.txt"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
-        raise ConfigError(f"a prompt must be one of the files in synth/prompts, got {name!r}; known: {known}")
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.txt")))
+        where = "/".join(folder.parts[-2:])
+        raise ConfigError(f"a prompt must be one of the files in {where}, got {name!r}; known: {known}")
     text = path.read_text(encoding="utf-8")
     match = re.fullmatch(r"\[system\]\n(.*)\n\[user\]\n(.*)\n", text, re.DOTALL)
     if match is None:

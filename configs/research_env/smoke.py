@@ -3,6 +3,7 @@
 Command: python -m research_env.main --config configs/research_env/smoke.py
 """
 
+from research_env.ideator.mutate import MutationIdeas
 from research_env.search.recipe import ResearchConfig
 
 
@@ -16,5 +17,5 @@ def get_config() -> ResearchConfig:
         epoch_size=4,
         noise_repeats=8,
         max_confirmed=2,
-        fault_share=0.1,
+        ideas=MutationIdeas(fault_share=0.1),
     )

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
-from pretrain.config import stable_seed
+from pretrain.config import ConfigError, stable_seed
 from research_env.diff import PathPolicy, emit_diff, make_diff
 from research_env.records import Idea
 
@@ -32,11 +32,15 @@ class Site:
     choices: tuple[str, ...] = ()
 
 
-def find_sites(tree: Mapping[str, bytes], policy: PathPolicy, frozen: Sequence[str] = ()) -> list[Site]:
-    """All constants that a mutation may change, in file order. Names in `frozen` are left alone."""
+def find_sites(
+    tree: Mapping[str, bytes], policy: PathPolicy, frozen: Sequence[str] = (), focus: Sequence[str] = ()
+) -> list[Site]:
+    """All constants that a mutation may change, in file order. Names in `frozen` are left alone; `focus` narrows the paths."""
     sites: list[Site] = []
     for path in sorted(tree):
         if not path.endswith(".py") or policy.refusal(path) is not None:
+            continue
+        if focus and not path.startswith(tuple(focus)):
             continue
         source = tree[path]
         lines = source.split(b"\n")
@@ -172,10 +176,14 @@ OPERATORS = {
 
 
 def mutate(
-    tree: Mapping[str, bytes], policy: PathPolicy, rng: random.Random, frozen: Sequence[str] = ()
+    tree: Mapping[str, bytes],
+    policy: PathPolicy,
+    rng: random.Random,
+    frozen: Sequence[str] = (),
+    focus: Sequence[str] = (),
 ) -> Idea:
     """One idea against `tree`, with its diff. The tree must hold at least one constant that may change."""
-    sites = find_sites(tree, policy, frozen)
+    sites = find_sites(tree, policy, frozen, focus)
     assert sites, "the editable files hold no constants; write ideas with a model instead"
     names = list(OPERATORS)
     weights = [OPERATORS[name][1] for name in names]
@@ -191,16 +199,20 @@ def mutate(
 
 
 def cross(
-    base: Mapping[str, bytes], left: Mapping[str, bytes], right: Mapping[str, bytes], policy: PathPolicy
+    base: Mapping[str, bytes],
+    left: Mapping[str, bytes],
+    right: Mapping[str, bytes],
+    policy: PathPolicy,
+    focus: Sequence[str] = (),
 ) -> Idea | None:
     """Merge two parents: the left one, plus what the right one changed of the base. None when nothing is to merge."""
     own = {
         (s.path, s.name, _occurrence(sites, i)): s
-        for sites in [find_sites(left, policy)]
+        for sites in [find_sites(left, policy, (), focus)]
         for i, s in enumerate(sites)
     }
-    before = find_sites(base, policy)
-    after = find_sites(right, policy)
+    before = find_sites(base, policy, (), focus)
+    after = find_sites(right, policy, (), focus)
     if len(before) != len(after):
         return None
     changes = []
@@ -244,14 +256,28 @@ def fault(tree: Mapping[str, bytes], policy: PathPolicy, rng: random.Random) -> 
     return Idea(text=f"A change that {kind}.", diff=text, operator="fault")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MutationIdeas:
+    """Ideas without a model. `focus` are the paths that may be mutated (all editable ones when empty)."""
+
+    focus: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()  # constants that are left alone
+    fault_share: float = 0.0  # ideas that fail on purpose, for rehearsals
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.fault_share <= 1.0:
+            raise ConfigError(f"ideas.fault_share must lie in [0, 1], got {self.fault_share}")
+
+    def build(self, seed: int) -> "MutationIdeator":
+        """The ideator of a campaign with this seed."""
+        return MutationIdeator(seed, self)
+
+
 class MutationIdeator:
-    """Ideas from operators; a pure function of (campaign seed, slot key), so that a replay finds the same ones.
+    """Ideas from operators; a pure function of (campaign seed, slot key), so that a replay finds the same ones."""
 
-    With `fault_share` a share of the ideas fails on purpose.
-    """
-
-    def __init__(self, seed: int, *, frozen: Sequence[str] = (), fault_share: float = 0.0):
-        self._seed, self._frozen, self._fault_share = seed, tuple(frozen), fault_share
+    def __init__(self, seed: int, config: MutationIdeas = MutationIdeas()):
+        self._seed, self._config = seed, config
 
     def propose(
         self,
@@ -263,13 +289,13 @@ class MutationIdeator:
     ) -> Idea:
         """One idea against `tree`; with other parents at hand, half of the time a cross."""
         rng = random.Random(stable_seed(self._seed, "mutate", key))
-        if rng.random() < self._fault_share:
+        if rng.random() < self._config.fault_share:
             return fault(tree, policy, rng)
         if others and rng.random() < 0.5:
-            found = cross(baseline, tree, rng.choice(list(others)), policy)
+            found = cross(baseline, tree, rng.choice(list(others)), policy, self._config.focus)
             if found is not None:
                 return found
-        return mutate(tree, policy, rng, self._frozen)
+        return mutate(tree, policy, rng, self._config.frozen, self._config.focus)
 
 
 def entropy(counts: Sequence[int]) -> float:

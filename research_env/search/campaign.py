@@ -23,11 +23,10 @@ from research_env.env import AIResearchEnv, Candidate
 from research_env.novelty import syntax_digest
 from research_env.records import Result, Status
 from research_env.schedule import OutOfBudget
+from research_env.search.makers import Maker
 from research_env.search.proposal import Proposal, Search, Told
 
 MAX_TRIES = 8  # ideas that repeat an earlier one of the arm are asked for again, with another key
-
-Make = Callable[[Proposal, str], Candidate]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +95,7 @@ def measure_noise(env: AIResearchEnv, num_repeats: int) -> tuple[Noise, float]:
 def run_arm(
     env: AIResearchEnv,
     search: Search,
-    make: Make,
+    maker: Maker,
     *,
     num_candidates: int,
     batch: int,
@@ -114,7 +113,9 @@ def run_arm(
         try:
             for proposal in proposals:
                 for attempt in range(MAX_TRIES):
-                    candidate = make(proposal, proposal.key if attempt == 0 else f"{proposal.key}~{attempt}")
+                    candidate = maker.make(
+                        proposal, proposal.key if attempt == 0 else f"{proposal.key}~{attempt}"
+                    )
                     meaning = None if candidate.tree is None else syntax_digest(candidate.tree)
                     if meaning is None or meaning not in seen:
                         break
@@ -123,6 +124,7 @@ def run_arm(
                     seen.add(meaning)
                 fresh.append((proposal, candidate))
             results = env.evaluate([candidate for _, candidate in fresh])
+            fresh, results = _repair(env, maker, fresh, results)
         except OutOfBudget as error:
             stopped = str(error)
             break
@@ -143,10 +145,31 @@ def run_arm(
                 )
             on_told(item)
         search.tell(news)
+        maker.tell(news)
         told += news
         if not news:
             stopped = "the host failed on a whole batch"
     return ArmResult(search.name, tuple(told), (), num_duplicates, stopped)
+
+
+def _repair(
+    env: AIResearchEnv, maker: Maker, fresh: list[tuple[Proposal, Candidate]], results: list[Result]
+) -> tuple[list[tuple[Proposal, Candidate]], list[Result]]:
+    """Failures get another try each while the maker has one; a repaired candidate takes its parent's place."""
+    fresh, results = list(fresh), list(results)
+    turn = 0
+    while True:
+        repaired = {}
+        for index, ((proposal, candidate), result) in enumerate(zip(fresh, results, strict=True)):
+            child = maker.repair(proposal, candidate, result, turn)
+            if child is not None:
+                repaired[index] = child
+        if not repaired:
+            return fresh, results
+        found = env.evaluate(list(repaired.values()), purpose="repair")
+        for (index, child), result in zip(repaired.items(), found, strict=True):
+            fresh[index], results[index] = (fresh[index][0], child), result
+        turn += 1
 
 
 def _told_nodes(env: AIResearchEnv) -> set[tuple[str, str]]:

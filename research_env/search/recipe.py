@@ -4,15 +4,16 @@ import dataclasses
 
 from pretrain.config import ConfigError, local
 from research_env.choose import Noise, passes_screen, posterior_mean
-from research_env.env import AIResearchEnv, Candidate
-from research_env.ideator.mutate import MutationIdeator
+from research_env.env import AIResearchEnv
+from research_env.ideator.llm import ModelIdeas
+from research_env.ideator.mutate import MutationIdeas
 from research_env.sandbox.ladder import SandboxConfig
 from research_env.schedule import Budget
 from research_env.search.best_of_n import BestOfN
-from research_env.search.campaign import Make
 from research_env.search.explore_exploit import ExploreExploit
 from research_env.search.greedy import Greedy
 from research_env.search.islands import Islands
+from research_env.search.makers import Maker, ModelMaker, MutationMaker
 from research_env.search.proposal import Proposal, Search, Told
 from research_env.search.tree import Tree
 
@@ -33,8 +34,7 @@ class ResearchConfig:
     epoch_size: int = 10  # explore_exploit: ideas an epoch
     noise_repeats: int = 8
     max_confirmed: int = 4
-    frozen: tuple[str, ...] = ()  # constants that mutations leave alone
-    fault_share: float = 0.0
+    ideas: MutationIdeas | ModelIdeas = MutationIdeas()
     sandbox: SandboxConfig = SandboxConfig()
     budget: Budget = Budget()
 
@@ -47,20 +47,21 @@ class ResearchConfig:
                 faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.noise_repeats < 2:
             faults.append(f"noise_repeats must be at least 2 to estimate sigma0, got {self.noise_repeats}")
-        if not 0.0 <= self.fault_share <= 1.0:
-            faults.append(f"fault_share must lie in [0, 1], got {self.fault_share}")
         if faults:
             raise ConfigError(*faults)
 
 
-def build_arm(
-    env: AIResearchEnv, name: str, config: ResearchConfig, noise: Noise, baseline_mean: float
-) -> Search:
+def build_arm(name: str, config: ResearchConfig, noise: Noise) -> Search:
     """The search method of that name."""
     if name == "best_of_n":
         return BestOfN(config.seed)
     if name == "explore_exploit":
-        return ExploreExploit(config.seed, config.epoch_size, floor_to=1 if config.epoch_size < 20 else 10)
+        return ExploreExploit(
+            config.seed,
+            config.epoch_size,
+            floor_to=1 if config.epoch_size < 20 else 10,
+            mutates_winners=isinstance(config.ideas, MutationIdeas),
+        )
     if name == "islands":
         return Islands(config.seed)
     if name == "tree":
@@ -75,29 +76,8 @@ def build_arm(
     return Greedy(config.seed, is_real)
 
 
-def make_candidate(env: AIResearchEnv, config: ResearchConfig, arm: str) -> Make:
-    """From a proposal to a candidate, by mutation operators."""
-    ideator = MutationIdeator(config.seed, frozen=config.frozen, fault_share=config.fault_share)
-
-    def make(proposal: Proposal, key: str) -> Candidate:
-        base_node = env.ledger.node(proposal.base) if proposal.base else None
-        if base_node is not None and not base_node.tree_digest:
-            base_node = None  # the failure to debug never applied: start from the baseline
-        tree = env.task.baseline if base_node is None else env.tree_of(base_node)
-        nodes = [env.ledger.node(name) for name in proposal.others]
-        others = [env.tree_of(node) for node in nodes if node.tree_digest]
-        idea = ideator.propose(key, tree, env.task.policy, env.task.baseline, others)
-        assert idea.diff is not None
-        base = "" if base_node is None else base_node.id
-        parents = (base,) if base else ()
-        return env.add(
-            idea.diff,
-            base=base,
-            idea=idea.text,
-            operator=idea.operator,
-            parents=parents,
-            arm=arm,
-            key=f"{arm}:{key}",
-        )
-
-    return make
+def build_maker(env: AIResearchEnv, name: str, config: ResearchConfig, baseline_mean: float) -> Maker:
+    """Who turns the wishes of arm `name` into candidates."""
+    if isinstance(config.ideas, MutationIdeas):
+        return MutationMaker(env, config.ideas, config.seed, name)
+    return ModelMaker(env, config.ideas, config.seed, name, baseline_mean)

@@ -9,7 +9,7 @@ import pytest
 
 from research_env.dashboards.page import write_page
 from research_env.diff import PathPolicy, read_change
-from research_env.ideator.mutate import MutationIdeator, cross
+from research_env.ideator.mutate import MutationIdeas, cross
 from research_env.ledger import Ledger
 from research_env.main import main
 from research_env.novelty import jaccard, syntax_digest, words
@@ -27,7 +27,7 @@ POLICY = PathPolicy(editable=("model.py",))
 
 
 def test_every_mutation_applies_and_changes_something():
-    ideator = MutationIdeator(0)
+    ideator = MutationIdeas().build(0)
     operators = set()
     for i in range(200):
         idea = ideator.propose(str(i), TREE, POLICY, TREE, [])

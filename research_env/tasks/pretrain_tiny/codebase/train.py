@@ -1,0 +1,46 @@
+"""Train the recipe's model with this repository's own step on random rows of the text, then leave its weights in $OUT."""
+
+import os
+
+import numpy as np
+import recipe
+import weights
+
+from pretrain.data.batch import Batch
+from pretrain.model.transformer import abstract_params
+from pretrain.optim import make_optimizer
+from pretrain.step import init_state, language_model_loss, make_train_step
+
+
+def batches(data, rng):
+    """Rows that start anywhere; every token counts."""
+    shape = (recipe.BATCH, recipe.ROW + 1)
+    fixed = {
+        "segment_ids_BT1": np.ones(shape, np.int32),
+        "positions_BT1": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+        "weights_BT": np.ones((shape[0], recipe.ROW), np.float32),
+        "source_B": np.zeros(shape[0], np.int32),
+    }
+    while True:
+        starts = rng.integers(0, len(data) - recipe.ROW, recipe.BATCH)
+        yield Batch(tokens_BT1=data[starts[:, None] + np.arange(shape[1])].astype(np.int32), **fixed)
+
+
+def main():
+    """`recipe.STEPS` steps."""
+    seed = int(os.environ["SEED"])
+    data = np.fromfile(os.path.join(os.environ["DATA"], "train.bin"), np.uint8)
+    shapes = abstract_params(recipe.MODEL, recipe.VOCAB)
+    optimizer = make_optimizer(recipe.OPTIM, recipe.STEPS, shapes, recipe.MODEL)
+    state = init_state(recipe.MODEL, recipe.VOCAB, optimizer, seed % 2**31)
+    step = make_train_step(language_model_loss(recipe.MODEL, recipe.LOSS, 1), optimizer)
+    source = batches(data, np.random.default_rng(seed))
+    for number in range(recipe.STEPS):
+        state, metrics = step(state, next(source))
+        if number % 20 == 0:
+            print(f"step {number} loss {float(metrics['loss']):.4f}", flush=True)
+    weights.save(os.path.join(os.environ["OUT"], "model.safetensors"), state.params)
+
+
+if __name__ == "__main__":
+    main()
