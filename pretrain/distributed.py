@@ -106,8 +106,7 @@ def membership(config: DistributedConfig, environment: Mapping[str, str]) -> Mem
 def joined(config: DistributedConfig) -> Iterator[None]:
     """Be one of the processes of a run inside the block.
 
-    When another process is lost this one says so and ends with code 7, without the usual farewell: that would wait
-    for the lost one.
+    When another process is lost this one says so and ends with code 7 (see `leave_if_lost`).
 
     Raises:
       ConfigError: the launcher's variables are not there, or the processes do not come together in time.
@@ -116,11 +115,17 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         yield
         return
     _join(config, membership(config, os.environ))
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.push(leave_if_lost)
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if not _says_lost(error):
-            raise
+
+
+def leave_if_lost(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+    """End this process at once if `error` says that another one is gone; an exit function for an ExitStack.
+
+    Push it last, so that it runs before whatever waits for all processes (closing a checkpoint, saying farewell).
+    """
+    if error is not None and _says_lost(error):
         sys.stdout.flush()
         line = " ".join(str(error).split())[:300]
         print(
@@ -130,6 +135,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
             flush=True,
         )
         os._exit(EXIT_PEER_LOST)
+    return False
 
 
 def is_writer() -> bool:
@@ -179,8 +185,10 @@ _LOST = re.compile(
 )
 
 
-def _says_lost(error: Exception) -> bool:
-    return not isinstance(error, ConfigError) and jax.process_count() > 1 and bool(_LOST.search(str(error)))
+def _says_lost(error: BaseException) -> bool:
+    if isinstance(error, ConfigError) or not isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError)):
+        return False
+    return jax.process_count() > 1 and bool(_LOST.search(str(error)))
 
 
 class _Variables:

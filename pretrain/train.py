@@ -24,7 +24,7 @@ from pretrain.config import ConfigError, local
 from pretrain.data.batch import Batch
 from pretrain.data.loader import RowBatches
 from pretrain.data.tables import DataConfig, PreparedData, prepare_tables
-from pretrain.distributed import DistributedConfig, is_writer, wait_for_all
+from pretrain.distributed import DistributedConfig, is_writer, leave_if_lost, wait_for_all
 from pretrain.evals.baselines import baseline_bits_per_byte
 from pretrain.evals.perplexity import HeldoutScore, heldout_score
 from pretrain.generate import SampleConfig, sample_texts
@@ -135,8 +135,11 @@ def run_dir(config: TrainConfig, name: str) -> RunDir:
     return RunDir(Path(config.run.workdir) / name / config_lib.fingerprint(config)[:8])
 
 
-def train(config: TrainConfig, *, name: str) -> TrainResult:
+def train(config: TrainConfig, *, name: str, trunk: Path | None = None) -> TrainResult:
     """Train to `run.stop_step` (or the end), resuming when the run folder holds a checkpoint.
+
+    `trunk` is one saved step of a longer or shorter run with the same config otherwise. A new run starts from
+    there instead of step 0 and ends with the bits it would have had: the schedules must agree up to that step.
 
     Raises:
       ConfigError: bad input, refused storage, or a checkpoint of another config.
@@ -170,13 +173,19 @@ def train(config: TrainConfig, *, name: str) -> TrainResult:
         optimizer = make_optimizer(
             config.optim, config.run.num_steps, abstract_params(config.model, vocab_size), config.model
         )
-        restored = checkpointer.restore_latest(
-            abstract_state(config.model, vocab_size, optimizer, mesh, config.health)
-        )
+        abstract = abstract_state(config.model, vocab_size, optimizer, mesh, config.health)
+        restored = checkpointer.restore_latest(abstract)
         if restored is not None:
             state, start_step, ledger = restored
             seconds = read_item(run.checkpoints / str(start_step), "meta")["goodput_s"]
             print(f"resuming {run.root} from the checkpoint of step {start_step}")
+        elif trunk is not None:
+            state, ledger, identity = checkpointer.restore_trunk(
+                trunk, abstract, may_differ=("run.num_steps",)
+            )
+            start_step, seconds = int(state.step), {}
+            _check_same_rates(config, start_step, identity["run"]["num_steps"])
+            print(f"starting {run.root} at step {start_step} of {trunk}")
         else:
             params = load_init(config.init, config.model, data.tokenizer, mesh) if config.init else None
             state = init_state(
@@ -188,7 +197,19 @@ def train(config: TrainConfig, *, name: str) -> TrainResult:
             config, run, data, mesh, optimizer, checkpointer, ledger, start_step, GoodputClock(seconds)
         )
         stack.callback(loop.writers.close)
+        stack.push(leave_if_lost)
         return loop.run_to(last_step, state)
+
+
+def _check_same_rates(config: TrainConfig, start_step: int, trunk_steps: int) -> None:
+    """Refuse a trunk whose schedule has begun to differ: a decay, a cosine, a line."""
+    steps = np.arange(start_step)
+    ours, theirs = (config.optim.learning_rate(steps, n) for n in (config.run.num_steps, trunk_steps))
+    if not np.array_equal(ours, theirs):
+        raise ConfigError(
+            f"a branch must have had the rates of its trunk, and from {trunk_steps} to {config.run.num_steps} steps they "
+            f"differ before step {start_step}; branch Constant or Wsd before the decay of both"
+        )
 
 
 class _Loop:
