@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +76,7 @@ class CheckpointPolicy:
     every_s: float | None = local(600.0)
     keep_last: int = local(2)
     keep_every_steps: int | None = local(None)  # saved and kept for good
+    keep_steps: tuple[int, ...] = local(())  # likewise, by number: where other runs branch off
 
     def __post_init__(self) -> None:
         faults = []
@@ -127,6 +128,8 @@ class Checkpointer:
     def due(self, step: int) -> bool:
         """The policy wants a save after `step` completed steps. All processes get the answer of the first."""
         policy = self._policy
+        if step in policy.keep_steps:
+            return True
         if any(n is not None and step % n == 0 for n in (policy.every_steps, policy.keep_every_steps)):
             return True
         if policy.every_s is None:
@@ -222,7 +225,7 @@ class Checkpointer:
             restored: tuple[State, dict[str, Any]] | None = None
             if not _anywhere(reason is not None):
                 try:
-                    restored = self._restore(step, abstract_state)
+                    restored = self._restore(self._path(step), abstract_state)
                 except Damaged as error:
                     reason = str(error)
             if _anywhere(restored is None):
@@ -255,11 +258,30 @@ class Checkpointer:
                 return str(error)
         return None
 
-    def _restore(self, step: int, abstract_state: State) -> tuple[State, dict[str, Any]]:
-        path = self._path(step)
+    def restore_trunk(
+        self, path: Path, abstract_state: State, *, may_differ: Sequence[str]
+    ) -> tuple[State, Ledger, dict[str, Any]]:
+        """State, ledger and identity of one saved step of another run, which may differ in these fields only.
+
+        Raises:
+          ConfigError: it differs in more, or reads other data.
+          AllCheckpointsBad: the step is damaged or not there.
+        """
+        try:
+            _check_files(path, read_manifest(path))
+            state, items = self._restore(path, abstract_state, may_differ)
+        except Damaged as error:
+            raise AllCheckpointsBad(
+                f"a branch starts from a readable checkpoint, got {path}: {error}"
+            ) from error
+        return state, Ledger(items["ledger"]["entries"]), items["meta"]["identity"]
+
+    def _restore(
+        self, path: Path, abstract_state: State, may_differ: Sequence[str] = ()
+    ) -> tuple[State, dict[str, Any]]:
         manifest = read_manifest(path)
         items = {name: _read_json_item(path, name) for name in _JSON_ITEMS}
-        self._check_identity(step, items)
+        self._check_identity(items, may_differ)
         groups = jax.tree.map(_abstract, _groups(abstract_state))
         _check_leaves(path, manifest, groups)
         loaded = _load(path, manifest, groups)
@@ -272,13 +294,14 @@ class Checkpointer:
         }
         return dataclasses.replace(abstract_state, **fields), items  # type: ignore[type-var]
 
-    def _check_identity(self, step: int, items: Mapping[str, Any]) -> None:
+    def _check_identity(self, items: Mapping[str, Any], may_differ: Sequence[str]) -> None:
         """Raise ConfigError naming the fields that differ from those of the checkpoint."""
         remedy = "set it back, or start a new run in another run.workdir"
-        theirs = items["meta"]["identity"]
+        step, theirs = items["meta"]["step"], items["meta"]["identity"]
         faults = [
             f"{field} may not change when a run resumes, got {new!r}, the checkpoint of step {step} has {old!r}; {remedy}"
             for field, old, new in config_lib.diff(theirs, self._identity)
+            if field not in may_differ
         ]
         if not faults and items["data"]["fingerprint"] != self._data_fingerprint:
             faults.append(
@@ -321,7 +344,7 @@ class Checkpointer:
     def _retain(self) -> None:
         """Keep the last few and every n-th; drop the rest and whatever older has no manifest."""
         steps = self.steps()
-        keep = set(steps[-self._policy.keep_last :])
+        keep = set(steps[-self._policy.keep_last :]) | set(self._policy.keep_steps)
         if self._policy.keep_every_steps is not None:
             keep |= {step for step in steps if step % self._policy.keep_every_steps == 0}
         for step in _step_folders(self._folder):

@@ -222,6 +222,15 @@ def fit(law: Law | str, cells: Columns, config: FitConfig = FitConfig()) -> Fit:
     )
 
 
+def left_out_error(law: Law | str, cells: Columns, left_out: np.ndarray, huber_sigmas: float = 3.0) -> float:
+    """Root mean square of the relative errors on the cells left out of the fit: what laws are compared by."""
+    law = LAWS[law] if isinstance(law, str) else law
+    kept = cells.take(np.flatnonzero(~left_out))
+    starts = [np.log(start) for start in itertools.product(*(e.starts for e in law.exponents))]
+    tested = cells.take(np.flatnonzero(left_out))
+    return float(np.sqrt(np.mean(_relative(law, estimate(law, kept, starts, huber_sigmas), tested) ** 2)))
+
+
 # --- what the data do not support ----------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ is tuned. Schedules end with their run: a loss in the middle of a longer schedul
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pretrain import flops
@@ -16,6 +16,7 @@ from pretrain.data.source import SourceConfig
 from pretrain.jobs.api import JobsConfig, Resources
 from pretrain.jobs.pool import PoolConfig
 from pretrain.model.transformer import ModelConfig
+from pretrain.optim import Constant, Schedule, Wsd
 from pretrain.scaling.cells import HELD_OUT, LADDER, REPEAT
 from pretrain.scaling.fit import FitConfig
 from pretrain.scaling.slices import SliceConfig
@@ -199,6 +200,45 @@ class Planned:
     params_total: int
     tokens: int
     flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Where a cell leaves a longer one of the same size, seed and role: after `step` steps of `trunk`."""
+
+    trunk: str
+    step: int
+
+
+def branches(planned: Sequence[Planned]) -> dict[str, Branch]:
+    """The cells that need not start from step 0, by name.
+
+    While the rate is constant a run does not know how long it will be, so the shorter of two runs that are alike
+    otherwise is the longer one up to its own decay, bit for bit (arXiv 2405.18392 trains ladders this way).
+    """
+    groups: dict[str, list[Planned]] = {}
+    for cell in planned:
+        alike = dataclasses.replace(cell.train, run=dataclasses.replace(cell.train.run, num_steps=1))
+        groups.setdefault(f"{cell.role} {fingerprint(alike)}", []).append(cell)
+    found = {}
+    for cells in groups.values():
+        *shorter, longest = sorted(cells, key=lambda cell: cell.train.run.num_steps)
+        for cell in shorter:
+            step = stable_steps(cell.train.optim.schedule, cell.train.run.num_steps)
+            if step > 0:
+                found[cell.name] = Branch(longest.name, step)
+    return found
+
+
+def stable_steps(schedule: Schedule, num_steps: int) -> int:
+    """After how many steps a run's rates begin to depend on its length."""
+    match schedule:
+        case Wsd():
+            return num_steps - max(round(schedule.decay_fraction * num_steps), 1)
+        case Constant():
+            return num_steps - 1
+        case _:
+            return 0
 
 
 def plan_cells(config: ScalingConfig, vocab_size: int) -> list[Planned]:

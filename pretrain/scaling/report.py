@@ -13,8 +13,18 @@ from pretrain.rundir import write_atomic, write_json_atomic
 from pretrain.scaling import page
 from pretrain.scaling.cells import HELD_OUT, LADDER, REPEAT, Cell, Columns, columns
 from pretrain.scaling.compare import Multiplier, multiplier
-from pretrain.scaling.fit import Fit, FitConfig, Interval, fit, misfit, noise_sigma, optimal_share
+from pretrain.scaling.fit import (
+    Fit,
+    FitConfig,
+    Interval,
+    fit,
+    left_out_error,
+    misfit,
+    noise_sigma,
+    optimal_share,
+)
 from pretrain.scaling.isoflop import Parabola, optimum_exponent, parabolas
+from pretrain.scaling.laws import LAWS
 from pretrain.scaling.origin import origin
 from pretrain.scaling.plan import Planned, ScalingConfig
 from pretrain.scaling.run import Tables
@@ -46,6 +56,7 @@ class Analysis:
     predictions: tuple[Prediction, ...]
     parabolas: tuple[Parabola, ...]
     repeat_fits: tuple[Fit, ...]
+    repeat_errors: tuple[float, ...]  # of each law on the most repeated runs, fitted without them
     multipliers: tuple[Multiplier, ...]
     num_missing: int
 
@@ -68,11 +79,10 @@ def analyze(cells: Sequence[Cell], config: FitConfig, *, num_missing: int = 0) -
     if num_missing:
         doubts.append(f"{num_missing} cells of the plan are not finished and not in this fit")
     repeated = [cell for cell in cells if cell.role == REPEAT]
-    repeat_fits = (
-        [fit(law, columns([*ladder, *repeated]), config) for law in ("effective_data", "penalty")]
-        if repeated
-        else []
-    )
+    joint = columns([*ladder, *repeated])
+    laws = [law for law in LAWS.values() if law.repeats] if repeated else []
+    epochs = joint.tokens / joint.unique
+    most_repeated = epochs > 0.4 * epochs.max()
     arms = sorted({cell.role for cell in cells} - {LADDER, HELD_OUT, REPEAT})
     return Analysis(
         cells=tuple(cells),
@@ -80,7 +90,8 @@ def analyze(cells: Sequence[Cell], config: FitConfig, *, num_missing: int = 0) -
         doubts=tuple(doubts),
         predictions=tuple(predict(found, cell) for cell in cells if cell.role == HELD_OUT),
         parabolas=tuple(parabolas(ladder)),
-        repeat_fits=tuple(repeat_fits),
+        repeat_fits=tuple(fit(law, joint, config) for law in laws),
+        repeat_errors=tuple(left_out_error(law, joint, most_repeated) for law in laws),
         multipliers=tuple(
             multiplier(arm, ladder, [c for c in cells if c.role == arm], found) for arm in arms
         ),
@@ -123,9 +134,11 @@ def fit_text(analysis: Analysis) -> str:
             f"held out {p.cell.name}: predicted {p.predicted:.4f} [{p.interval.low:.4f}, {p.interval.high:.4f}], "
             f"measured {p.cell.loss:.4f}, error {p.error:+.2%}"
         )
-    for fitted in analysis.repeat_fits:
+    for fitted, error in zip(analysis.repeat_fits, analysis.repeat_errors, strict=True):
         values = ", ".join(f"{r[0]} {r[1]} {r[2]}" for r in _value_rows(fitted) if r[0] in ("R_star", "P"))
-        lines.append(f"repetition, {fitted.law.name}: {values}, residual {fitted.sigma:.3%}")
+        lines.append(
+            f"repetition, {fitted.law.name}: {values}, residual {fitted.sigma:.3%}, error on the most repeated when left out {error:.2%}"
+        )
         lines += [f"  doubt: {doubt}" for doubt in fitted.doubts]
     for m in analysis.multipliers:
         verdict = {None: "not told apart from 1", True: "better", False: "worse"}[m.better]
@@ -298,7 +311,10 @@ def summary_json(analysis: Analysis, config: ScalingConfig, command: str) -> dic
             }
             for p in analysis.predictions
         ],
-        "repetition": [fitted(found) for found in analysis.repeat_fits],
+        "repetition": [
+            {**fitted(found), "left_out_error": error}
+            for found, error in zip(analysis.repeat_fits, analysis.repeat_errors, strict=True)
+        ],
         "multipliers": [
             {
                 "arm": m.arm,
@@ -375,6 +391,14 @@ def _repeat_parts(analysis: Analysis) -> list[str]:
         page.figure(draw([repeat_panel(analysis)]), "Loss over epochs at a fixed number of training tokens"),
         page.paragraph(f"The published R* of effective data is {PUBLISHED_R_STAR} (arXiv 2305.16264)."),
         page.table(("law", "constant", "value", "interval"), rows),
+        page.paragraph("Relative error on the most repeated runs, by a fit that has not seen them:"),
+        page.table(
+            ("law", "error"),
+            [
+                (f.law.name, f"{e:.2%}")
+                for f, e in zip(analysis.repeat_fits, analysis.repeat_errors, strict=True)
+            ],
+        ),
     ]
     doubts = [f"{found.law.name}: {doubt}" for found in analysis.repeat_fits for doubt in found.doubts]
     return parts + [page.paragraph(f"Not supported by these data: {doubt}.", "doubt") for doubt in doubts]

@@ -4,20 +4,22 @@ A cell's folder is `<workdir>/<ladder>/<fingerprint8>`, the one that `pretrain.m
 else remembers what has been done, so the same command after any death goes on where it was.
 """
 
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pretrain.allocator import keep_heap
+from pretrain.checkpoint import saved_steps
 from pretrain.config import ConfigError, fingerprint
 from pretrain.data.tables import PreparedData, prepare_tables
 from pretrain.jobs.api import Crashed, Done, Failure, Job, JobsFailed, Lost, Raised
 from pretrain.metrics import read_metrics
 from pretrain.rundir import RunDir
 from pretrain.scaling.cells import Cell
-from pretrain.scaling.plan import Planned, ScalingConfig, plan_cells
+from pretrain.scaling.plan import Branch, Planned, ScalingConfig, branches, plan_cells
 from pretrain.train import EXIT_PREEMPTED, TrainConfig, run_dir, train
 
 Say = Callable[[str], None]
@@ -27,10 +29,10 @@ class Preempted(RuntimeError):
     """A cell was asked to stop and has saved; it is nobody's fault."""
 
 
-def train_cell(config: TrainConfig, name: str) -> str:
-    """The job: train one cell, return its run folder."""
+def train_cell(config: TrainConfig, name: str, trunk: Path | None = None) -> str:
+    """The job: train one cell, from a trunk if there is one; returns its run folder."""
     keep_heap()
-    result = train(config, name=name)
+    result = train(config, name=name, trunk=trunk)
     if result.exit_code == EXIT_PREEMPTED:
         raise Preempted(f"{result.folder} stopped at step {result.steps} of {config.run.num_steps}")
     return str(result.folder)
@@ -97,7 +99,9 @@ def cell_dir(planned: Planned, name: str) -> RunDir:
 
 
 def run_cells(config: ScalingConfig, name: str, planned: Sequence[Planned], say: Say = print) -> None:
-    """Train what is not finished, smallest first; a cell that crashed or was lost is tried again.
+    """Train what is not finished, trunks before their branches, small cells first.
+
+    A cell that crashed or was lost is tried again and resumes from its checkpoint.
 
     Raises:
       ConfigError: bad input of a cell.
@@ -105,37 +109,78 @@ def run_cells(config: ScalingConfig, name: str, planned: Sequence[Planned], say:
     """
     waiting = [p for p in planned if not _is_finished(p, name)]
     say(f"{len(planned) - len(waiting)} of {len(planned)} cells are finished")
-    total_flops, done_flops, began = sum(p.flops for p in waiting), 0.0, time.monotonic()
+    branch_of = branches(planned)
+    by_name = {p.name: p for p in planned}
+    progress = _Progress(waiting, say)
     failures: list[Failure] = []
-    folder = Path(config.train.run.workdir) / name / "jobs"
-    for _ in range(config.scaling.retries + 1):
-        failures = []
-        by_name = {p.name: p for p in waiting}
+    for branched in (False, True):
         jobs = [
-            Job(name=p.name, function=train_cell, arguments=(p.train, name), resources=config.resources)
-            for p in sorted(waiting, key=lambda p: p.flops)
+            _job(config, name, cell, by_name, branch_of)
+            for cell in sorted(waiting, key=lambda cell: cell.flops)
+            if (cell.name in branch_of) == branched
         ]
+        failures += _run_jobs(config, Path(config.train.run.workdir) / name / "jobs", jobs, progress)
+    if failures:
+        raise JobsFailed(failures, len(planned))
+
+
+def _job(
+    config: ScalingConfig,
+    name: str,
+    cell: Planned,
+    by_name: Mapping[str, Planned],
+    branch_of: Mapping[str, Branch],
+) -> Job:
+    """The call that trains a cell; a trunk keeps the steps where others leave it."""
+    left = tuple(sorted(b.step for b in branch_of.values() if b.trunk == cell.name))
+    policy = dataclasses.replace(cell.train.checkpoint, keep_steps=left)
+    trunk = None
+    if (branch := branch_of.get(cell.name)) is not None:
+        path = cell_dir(by_name[branch.trunk], name).checkpoints / str(branch.step)
+        # A trunk that failed, or was trained before it had branches, has no such step: train from step 0.
+        trunk = path if branch.step in saved_steps(path.parent) else None
+    train = dataclasses.replace(cell.train, checkpoint=policy)
+    return Job(
+        name=cell.name, function=train_cell, arguments=(train, name, trunk), resources=config.resources
+    )
+
+
+class _Progress:
+    """Says what has ended, and when the rest will have at the same rate of FLOPs."""
+
+    def __init__(self, waiting: Sequence[Planned], say: Say):
+        self.say = say
+        self._flops = {p.name: p.flops for p in waiting}
+        self._total, self._done, self._began = sum(self._flops.values()), 0.0, time.monotonic()
+
+    def done(self, outcome: Done) -> None:
+        self._done += self._flops.pop(outcome.name)
+        left_s = (time.monotonic() - self._began) * (self._total - self._done) / self._done
+        self.say(
+            f"{outcome.name} done in {outcome.wall_s:.0f} s; {len(self._flops)} to go, about {left_s / 60:.0f} min"
+        )
+
+
+def _run_jobs(config: ScalingConfig, folder: Path, jobs: Sequence[Job], progress: _Progress) -> list[Failure]:
+    """Run jobs, again those that crashed or were lost; returns the failures that are left."""
+    final: list[Failure] = []
+    for attempt in range(config.scaling.retries + 1):
+        failures: list[Failure] = []
         for outcome in config.jobs.build(folder).run(jobs) if jobs else ():
-            cell = by_name.pop(outcome.name)
             if isinstance(outcome, Done):
-                done_flops += cell.flops
-                spent_s = time.monotonic() - began
-                left_s = spent_s * (total_flops - done_flops) / done_flops
-                say(
-                    f"{outcome.name} done in {outcome.wall_s:.0f} s; {len(by_name)} to go, about {left_s / 60:.0f} min"
-                )
+                progress.done(outcome)
             else:
                 failures.append(outcome)
-                say(f"{outcome.name} {outcome.reason()}")
+                progress.say(f"{outcome.name} {outcome.reason()}")
         faults = [f for failure in failures if isinstance(failure, Raised) for f in failure.faults]
         if faults:
             raise ConfigError(*dict.fromkeys(faults))
         again = {f.name for f in failures if isinstance(f, (Crashed, Lost))}
-        waiting = [p for p in waiting if p.name in again]
-        if not waiting:
-            break
-    if failures:
-        raise JobsFailed(failures, len(planned))
+        if attempt == config.scaling.retries:
+            again = set()
+        final += [f for f in failures if f.name not in again]
+        jobs = [job for job in jobs if job.name in again]
+    return final
 
 
 def _is_finished(planned: Planned, name: str) -> bool:

@@ -1,0 +1,71 @@
+"""The verb: both spellings of an action, bad input, and a ladder that is killed and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.scaling.__main__ import main
+
+ROOT = Path(__file__).parents[3]
+SMOKE = str(ROOT / "configs/scaling/smoke.py")
+
+
+def test_a_plan_says_what_will_be_run(tmp_path, capsys):
+    for spelling in (["plan", "--config", SMOKE], ["--config", SMOKE, "scaling.action=plan"]):
+        assert main([*spelling, f"train.run.workdir={tmp_path}"]) == 0
+        text = capsys.readouterr().out
+        assert "7 cells" in text
+        assert "held_out-w" in text
+    assert not (tmp_path / "smoke").exists()
+
+
+def test_a_fit_without_runs_is_bad_input(tmp_path, capsys):
+    assert main(["fit", "--config", SMOKE, f"train.run.workdir={tmp_path}"]) == 2
+    assert "needs more cells than its 5 parameters, got 0" in capsys.readouterr().err
+
+
+def test_another_kind_of_config_is_bad_input(capsys):
+    assert main(["--config", str(ROOT / "configs/pretrain/smoke.py")]) == 2
+    assert "must return a ScalingConfig for pretrain.scaling, got TrainConfig" in capsys.readouterr().err
+
+
+def test_an_unknown_action_is_bad_input(capsys):
+    assert main(["--config", SMOKE, "scaling.action=dream"]) == 2
+    assert "scaling.action" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_ladder_goes_on_and_does_nothing_twice(tmp_path):
+    """Two minutes of one core: seven runs, each in a process of its own."""
+    command = [sys.executable, "-m", "pretrain.scaling", "--config", SMOKE, f"train.run.workdir={tmp_path}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL
+    )
+
+    def summaries():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "smoke").glob("*/summary.json")}
+
+    while len(summaries()) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = summaries()
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    after = summaries()
+    assert len(after) == 7
+    assert {path: after[path] for path in before} == before
+    report = json.loads((tmp_path / "smoke/report.json").read_text())
+    assert len(report["cells"]) == 7
+    assert report["num_missing"] == 0
+    assert "held out" in done.stdout
+    assert (tmp_path / "smoke/report.html").read_text().count("<img") == 1
