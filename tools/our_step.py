@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pretrain.allocator import keep_heap
 from pretrain.data.batch import Batch
 from pretrain.loss import LossConfig
 from pretrain.model.transformer import ModelConfig, abstract_params
@@ -53,7 +54,8 @@ def rows(shape: Mapping[str, int], seed: int = 0) -> Batch:
 
 
 def factory(shape: Mapping[str, int]) -> tuple[Callable[[], float], dict[str, Any]]:
-    """The entrant: health guard, metrics, segment mask and schedule included, as in a run."""
+    """The entrant: health guard, metrics, segment mask, schedule and kept heap, as in a run of `pretrain.main`."""
+    keep_heap()
     model = model_config(shape)
     optim = OptimConfig(peak_lr=1e-3, schedule=WarmupCosine(num_warmup_steps=1000))
     params = abstract_params(model, shape["V"])
