@@ -194,7 +194,7 @@ def model_config(config: Json, where: str) -> ModelConfig:
         num_layers=num_layers,
         width=width,
         num_heads=num_heads,
-        num_kv_heads=get("num_key_value_heads", default=num_heads),
+        num_kv_heads=get("num_key_value_heads", default=None) or num_heads,
         head_width=width // num_heads if head_width is None else head_width,
         hidden_width=get("intermediate_size"),
         layer_pattern=shortest_period(kinds),
@@ -340,11 +340,11 @@ def _mathematics(model: ModelConfig) -> dict[str, Any]:
 
 
 def _write(family: Family, model: ModelConfig, vocab_size: int, max_length: int) -> dict[str, Any]:
+    """The config.json of this family that is nearest to `model`."""
     kinds = [model.kind(i) for i in range(model.num_layers)]
-    windows = sorted({kind.window for kind in kinds if kind.window is not None})
+    windowed = [kind for kind in kinds if kind.window is not None]
     full = next((kind for kind in kinds if kind.window is None), kinds[-1])
-    windowed = next((kind for kind in kinds if kind.window is not None), None)
-    activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == model.activation)
+    activation = family.fixed.get("activation", "silu")
     values: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -355,34 +355,30 @@ def _write(family: Family, model: ModelConfig, vocab_size: int, max_length: int)
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_width,
         "intermediate_size": model.hidden_width,
-        family.activation_key: activation if family.fixed.get("activation", "silu") == model.activation else "silu",
+        family.activation_key: next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == activation),
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tied_head,
         "max_position_embeddings": max_length,
         "rope_theta": full.rope.theta,
         "attention_bias": False,
     }
-    if "activation" in family.fixed:
-        values[family.activation_key] = "gelu_pytorch_tanh"
+    if full.rope.scaling is not None:
+        values["rope_scaling"] = _scaling_json(full.rope)
+    if "query_pre_attn_scalar" in family.defaults:
         scale = model.head_width**-0.5 if model.attention_scale is None else model.attention_scale
         scalar = scale**-2
         values["query_pre_attn_scalar"] = round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar
         values["attn_logit_softcapping"] = model.attention_softcap
         values["final_logit_softcapping"] = model.final_softcap
-    else:
-        values[family.activation_key] = "silu"
-    if full.rope.scaling is not None:
-        values["rope_scaling"] = _scaling_json(full.rope)
-    if family.model_type != "llama" and (windows or "sliding_window" in family.defaults):
+    if "sliding_window" in family.defaults or (windowed and family.model_type.startswith("qwen")):
         values["layer_types"] = [
             "full_attention" if kind.window is None else "sliding_attention" for kind in kinds
         ]
-        values["sliding_window"] = windows[0] if windows else max_length
-    if family.model_type == "qwen2" or family.model_type == "qwen3":
-        values["use_sliding_window"] = bool(windows)
-        values["max_window_layers"] = 0
-    if family.local_theta and windowed is not None:
-        values["rope_local_base_freq"] = windowed.rope.theta
+        values["sliding_window"] = windowed[0].window if windowed else max_length
+    if family.model_type.startswith("qwen"):
+        values |= {"use_sliding_window": bool(windowed), "max_window_layers": 0}
+    if family.local_theta and windowed:
+        values["rope_local_base_freq"] = windowed[0].rope.theta
     return values
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import gguf
 import numpy as np
 from jax.sharding import Mesh
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HfTokenizer
 
 from pretrain import families
@@ -334,7 +334,7 @@ def _tokenizer_json(path: str, stamp: tuple[int, int]) -> tuple[list[str], str]:
             f"the tokenizer of a GGUF file must be a byte-level BPE of a known kind ({', '.join(_PRE_TOKENIZERS)}), got "
             f"{kind!r} with {pre!r} in {path}; give the model's tokenizer.json with TokenizerFileConfig"
         )
-    tokens = content.get("tokenizer.ggml.tokens")
+    tokens: list[str] = content.get("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in content.get("tokenizer.ggml.merges")]
     model = models.BPE(
         vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe"
@@ -349,5 +349,11 @@ def _tokenizer_json(path: str, stamp: tuple[int, int]) -> tuple[list[str], str]:
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     defined = [t for t, k in zip(tokens, kinds, strict=True) if k == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in defined])
+    # Llama 3 files that do not say are meant to begin with bos.
+    if content.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        bos = int(content.get("tokenizer.ggml.bos_token_id"))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
     return tokens, tokenizer.to_str(pretty=True)
 

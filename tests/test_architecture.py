@@ -29,12 +29,12 @@ LAYERS = {
         "step",
         "checkpoint families safetensors_file hf gguf_import pretrained generate",
         "evals",
-        "train seqio_bridge",
+        "train seqio_bridge lm_eval_bridge",
         "rl scaling aot",
         "main prepare evaluate sample",
     ),
     "synth": (
-        "document question prompt",
+        "document question prompt training",
         "shards llm neighbors near_duplicates",
         "stage generator sources",
         "quality retrieval tokens worlds theory",
@@ -65,7 +65,7 @@ LIGHT = tuple(
     """
     pretrain.config pretrain.rundir pretrain.metrics pretrain.wandb_sink pretrain.plots pretrain.tokenizer
     pretrain.jobs.* pretrain.data.source pretrain.data.pack pretrain.data.rows pretrain.data.mixture
-    pretrain.evals.tasks pretrain.evals.baselines
+    pretrain.evals.tasks pretrain.evals.baselines pretrain.evals.interval
     synth.document synth.question synth.prompt synth.shards synth.stage synth.generator
     synth.sources synth.recipe synth.neighbors
     synth.near_duplicates synth.tokens synth.llm.api synth.llm.endpoint synth.llm.scripted synth.llm.cached
@@ -92,6 +92,7 @@ OPTIONAL = {
     "wandb": "pretrain.wandb_sink",
     "datasets": "pretrain.data.hf_source",
     "gguf": "pretrain.gguf_import",
+    "lm_eval": "pretrain.lm_eval_bridge",
     "openai": "synth.llm.endpoint",
 }
 # Installed by default, and still the business of one file.

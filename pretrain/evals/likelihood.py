@@ -1,0 +1,193 @@
+"""How likely a model finds a text after another: many short requests packed into rows of one shape.
+
+Requests lie in a row as documents do in training, told apart by segment ids, so one program is compiled and little is
+computed on padding. Several continuations of one context each carry their own copy of it.
+
+B rows, T time, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from pretrain.config import ConfigError
+from pretrain.data.pack import first_fit_decreasing
+from pretrain.generate import Score
+from pretrain.model.transformer import ModelConfig, Params, forward, logits
+from pretrain.sharding import DATA_AXES, OnMesh, axis_size
+from pretrain.tokenizer import Tokenizer
+
+# Logits of this many positions of every row exist at a time.
+_CHUNK_POSITIONS = 64
+
+
+class Scorer(Protocol):
+    """Scores of the tokens rows[i][starts[i]:]: `PackedScorer`, and `generate.Generator` with its shared prefixes."""
+
+    def score(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Score]: ...
+
+
+class PackedScorer:
+    """Scores by full forward passes over packed rows; on a mesh rows lie over the data axes."""
+
+    def __init__(
+        self,
+        params: Params,
+        model: ModelConfig,
+        *,
+        row_length: int = 512,
+        batch_rows: int = 8,
+        mesh: Mesh | None = None,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        """`report(scored tokens of requests, all of them)` is called after every batch."""
+        devices = 1 if mesh is None else axis_size(mesh, DATA_AXES)
+        if batch_rows % devices or row_length < 2:
+            raise ConfigError(
+                f"batch_rows must be a multiple of the {devices} data-parallel devices and row_length at least 2, got "
+                f"{batch_rows} and {row_length}"
+            )
+        self.vocab_size = params["embed"]["embedding"].shape[0]
+        self._params, self._row_length, self._batch_rows, self._report = params, row_length, batch_rows, report
+        self._step = OnMesh(jax.jit(functools.partial(_score_rows, model)), mesh)
+
+    def score(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Score]:
+        """Log-probability of each token from its start on, and whether it was the likeliest; in the order given.
+
+        Raises:
+          ConfigError: a start outside [1, length of its row], a row longer than `row_length`, an id out of range.
+        """
+        self._check(rows, starts)
+        scores: dict[int, Score] = {}
+        bins = first_fit_decreasing([len(row) for row in rows], self._row_length)
+        total, done = sum(map(len, rows)), 0
+        for first in range(0, len(bins), self._batch_rows):
+            batch = bins[first : first + self._batch_rows]
+            tokens_BT, segments_BT, positions_BT = self._lay_out(batch, rows)
+            logprobs_BT, greedy_BT = jax.device_get(self._step(self._params, tokens_BT, positions_BT, segments_BT))
+            for b, members in enumerate(batch):
+                at = 0
+                for i in members:
+                    # Position t holds the score of token t + 1.
+                    wanted = slice(at + starts[i] - 1, at + len(rows[i]) - 1)
+                    scores[i] = Score(
+                        logprobs=tuple(logprobs_BT[b, wanted].tolist()), greedy=tuple(greedy_BT[b, wanted].tolist())
+                    )
+                    at += len(rows[i])
+                    done += len(rows[i])
+            self._report(done, total)
+        return [scores[i] for i in range(len(rows))]
+
+    def _lay_out(self, batch: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        tokens, segments, positions = (
+            np.zeros((self._batch_rows, self._row_length), np.int32) for _ in range(3)
+        )
+        for b, members in enumerate(batch):
+            at = 0
+            for segment, i in enumerate(members, 1):
+                here = slice(at, at + len(rows[i]))
+                tokens[b, here], segments[b, here] = rows[i], segment
+                positions[b, here] = np.arange(len(rows[i]))
+                at = here.stop
+        return [tokens, segments, positions]
+
+    def _check(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        faults = []
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            if not 1 <= start <= len(row):
+                faults.append(f"row {i}: a start must lie in [1, {len(row)}], got {start}")
+            if len(row) > self._row_length:
+                faults.append(
+                    f"row {i}: a prompt with its continuation must fit row_length={self._row_length}, got {len(row)} tokens; raise it"
+                )
+            bad = next((t for t in row if not 0 <= t < self.vocab_size), None)
+            if bad is not None:
+                faults.append(
+                    f"row {i}: token ids must lie in [0, {self.vocab_size}), got {bad}; is it this model's tokenizer?"
+                )
+        if faults:
+            raise ConfigError(*faults)
+
+
+def _score_rows(
+    model: ModelConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """For every position: the log-probability of the next token, and whether none was likelier."""
+    hidden_BTD = forward(params, model, tokens_BT, positions_BT, segments_BT)
+    targets_BT = jnp.roll(jnp.asarray(tokens_BT), -1, axis=1)
+    found = []
+    for start in range(0, tokens_BT.shape[1], _CHUNK_POSITIONS):
+        here = slice(start, start + _CHUNK_POSITIONS)
+        logits_BcV = logits(hidden_BTD[:, here], params, model)
+        of_target = jax.lax.broadcasted_iota(jnp.int32, logits_BcV.shape, 2) == targets_BT[:, here, None]
+        target_Bc = jnp.sum(jnp.where(of_target, logits_BcV, 0.0), axis=-1)
+        most_Bc = jnp.max(logits_BcV, axis=-1)
+        total_Bc = jnp.sum(jnp.exp(logits_BcV - most_Bc[..., None]), axis=-1)
+        found.append((target_Bc - most_Bc - jnp.log(total_Bc), target_Bc >= most_Bc))
+    logprobs, greedy = zip(*found, strict=True)
+    return jnp.concatenate(logprobs, axis=1), jnp.concatenate(greedy, axis=1)
+
+
+# --- from text to rows -------------------------------------------------------------------------------
+
+
+def continuation_row(
+    tokenizer: Tokenizer, context: str, continuation: str, add_bos: bool
+) -> tuple[list[int], int]:
+    """The ids of both texts read as one, and where those of the continuation start.
+
+    Blanks at the end of the context go with the continuation, where tokenizers keep them. An empty context is the
+    token that begins a text.
+    """
+    kept = context.rstrip()
+    continuation = context[len(kept) :] + continuation
+    prefix = [tokenizer.bos_id] if add_bos or not kept else []
+    whole = prefix + tokenizer.encode(kept + continuation)
+    start = len(prefix) + len(tokenizer.encode(kept))
+    if start >= len(whole):
+        raise ConfigError(f"a continuation must add a token to its context, got {continuation!r} after {kept[-40:]!r}")
+    return whole, start
+
+
+def window_rows(ids: Sequence[int], prefix_id: int, row_length: int) -> list[tuple[list[int], int]]:
+    """A long text in rows of at most `row_length` tokens: each id is scored once, after what its row holds before it.
+
+    The first row begins with `prefix_id`, the others with the last token of the row before.
+    """
+    whole = [prefix_id, *ids]
+    return [(whole[at : at + row_length], 1) for at in range(0, len(whole) - 1, row_length - 1)]
+
+
+def continuation_scores(
+    scorer: Scorer, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], add_bos: bool
+) -> list[tuple[float, bool]]:
+    """(log-probability of the continuation, whether greedy decoding gives it) for each (context, continuation)."""
+    rows = [continuation_row(tokenizer, context, continuation, add_bos) for context, continuation in pairs]
+    scores = scorer.score([row for row, _ in rows], [start for _, start in rows])
+    return [(sum(score.logprobs), all(score.greedy)) for score in scores]
+
+
+def passage_scores(
+    scorer: Scorer, tokenizer: Tokenizer, texts: Sequence[str], row_length: int
+) -> list[float]:
+    """The log-probability of each whole text, its first token after the token that begins a text."""
+    rows, starts, owners = [], [], []
+    for owner, ids in enumerate(tokenizer.encode_batch(texts)):
+        for row, start in window_rows(ids, tokenizer.bos_id, row_length):
+            rows.append(row)
+            starts.append(start)
+            owners.append(owner)
+    totals = [0.0] * len(texts)
+    for owner, score in zip(owners, scorer.score(rows, starts), strict=True):
+        totals[owner] += sum(score.logprobs)
+    return totals

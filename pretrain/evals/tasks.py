@@ -1,0 +1,350 @@
+"""Evaluation tasks as data: what is asked, in which words, from which file; each has a version.
+
+A score belongs to a name and a version: whoever changes a prompt or a split raises the version. Prompts are those of
+EleutherAI's lm-evaluation-harness for the tasks of the same name, so that figures can be compared. Files lie below
+the folder that the caller names, plain or gzip; nothing is downloaded.
+"""
+
+import dataclasses
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pretrain.config import ConfigError, stable_seed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Options to choose from by likelihood: continuation i is scored after context i."""
+
+    id: str
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]  # with the blank in front
+    gold: int
+
+    def __post_init__(self):
+        if len(self.contexts) != len(self.continuations) or not 0 <= self.gold < len(self.contexts):
+            raise ConfigError(
+                f"{self.id} must have as many contexts as continuations and a gold one of them, got "
+                f"{len(self.contexts)}, {len(self.continuations)} and {self.gold}"
+            )
+
+    def solved(self) -> str:
+        """The text with its answer, as an example for others."""
+        return self.contexts[self.gold] + self.continuations[self.gold]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LastWord:
+    """A passage whose last word is to be predicted."""
+
+    id: str
+    context: str
+    word: str  # with the blank in front
+
+    def solved(self) -> str:
+        return self.context + self.word
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question with the answers that count; the model writes one line."""
+
+    id: str
+    prompt: str
+    answers: tuple[str, ...]
+
+    def solved(self) -> str:
+        return f"{self.prompt} {self.answers[0]}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A text to be scored whole, in bits per byte."""
+
+    id: str
+    text: str
+
+
+Item = Choice | LastWord | Question | Passage
+
+
+class Task(Protocol):
+    """A named set of items, all of one kind, in a fixed order."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    def items(self, root: str) -> Sequence[Item]: ...
+
+    def examples(self, root: str) -> Sequence[Item]:  # for few-shot prompts, never scored
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Questions with options inside one `instruction`, as in the LLM-Adapters collection of reasoning sets.
+
+    `style` "question" is the harness' form for ARC, "plain" continues the bare question as its OpenBookQA does.
+    """
+
+    name: str
+    file: str
+    examples_file: str | None = None
+    style: Literal["question", "plain"] = "question"
+    version: int = 1
+
+    def items(self, root: str) -> Sequence[Choice]:
+        return [self._item(i, r) for i, r in enumerate(read_records(root, self.file, self.name))]
+
+    def examples(self, root: str) -> Sequence[Choice]:
+        if self.examples_file is None:
+            return []
+        return [self._item(i, r) for i, r in enumerate(read_records(root, self.examples_file, self.name))]
+
+    def _item(self, number: int, record: Mapping[str, Any]) -> Choice:
+        question, options, gold = _options(record, f"{self.name} {number}", "answer")
+        context = f"Question: {question}\nAnswer:" if self.style == "question" else question
+        return Choice(
+            id=str(number),
+            contexts=(context,) * len(options),
+            continuations=tuple(f" {option}" for option in options),
+            gold=gold,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Winogrande:
+    """A blank to fill: the text behind it is scored after each option (the harness' partial evaluation)."""
+
+    name: str = "winogrande"
+    file: str = "llmadapters_winogrande_test.json.gz"
+    version: int = 1
+
+    def items(self, root: str) -> Sequence[Choice]:
+        found = []
+        for number, record in enumerate(read_records(root, self.file, self.name)):
+            sentence, options, gold = _options(record, f"{self.name} {number}", "option")
+            before, blank, after = sentence.partition("_")
+            if not blank:
+                raise ConfigError(f"{self.name} {number} must hold a blank, got {sentence!r}")
+            found.append(
+                Choice(
+                    id=str(number),
+                    contexts=tuple(before + option for option in options),
+                    continuations=(f" {after.strip()}",) * len(options),
+                    gold=gold,
+                )
+            )
+        return found
+
+    def examples(self, root: str) -> Sequence[Choice]:
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piqa:
+    """Which of two ways reaches a goal (arXiv 1911.11641)."""
+
+    name: str = "piqa"
+    file: str = "piqa_valid.jsonl.gz"
+    labels_file: str = "piqa_valid-labels.lst.gz"
+    version: int = 1
+
+    def items(self, root: str) -> Sequence[Choice]:
+        records = read_records(root, self.file, self.name)
+        labels = read_text(root, self.labels_file, self.name).split()
+        if len(labels) != len(records):
+            raise ConfigError(f"{self.name} must have a label for each record, got {len(labels)} for {len(records)}")
+        return [
+            Choice(
+                id=str(i),
+                contexts=(f"Question: {r['goal']}\nAnswer:",) * 2,
+                continuations=(f" {r['sol1']}", f" {r['sol2']}"),
+                gold=int(label),
+            )
+            for i, (r, label) in enumerate(zip(records, labels, strict=True))
+        ]
+
+    def examples(self, root: str) -> Sequence[Choice]:
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lambada:
+    """The last word of a passage that needs the whole of it (arXiv 1606.06031)."""
+
+    name: str = "lambada"
+    file: str = "lambada_test.jsonl.gz"
+    version: int = 1
+
+    def items(self, root: str) -> Sequence[LastWord]:
+        found = []
+        for number, record in enumerate(read_records(root, self.file, self.name)):
+            context, blank, word = record["text"].rpartition(" ")
+            found.append(LastWord(id=str(number), context=context, word=blank + word))
+        return found
+
+    def examples(self, root: str) -> Sequence[LastWord]:
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenQuestions:
+    """Questions answered from memory; keys of the records are data."""
+
+    name: str
+    file: str
+    question_key: str
+    answers_key: str
+    examples_file: str | None = None
+    version: int = 1
+
+    def items(self, root: str) -> Sequence[Question]:
+        return self._read(root, self.file)
+
+    def examples(self, root: str) -> Sequence[Question]:
+        return [] if self.examples_file is None else self._read(root, self.examples_file)
+
+    def _read(self, root: str, file: str) -> list[Question]:
+        found = []
+        for number, record in enumerate(read_records(root, file, self.name)):
+            question = record[self.question_key].strip().rstrip("?")
+            answers = tuple(record[self.answers_key])
+            found.append(Question(id=str(number), prompt=f"Question: {question}?\nAnswer:", answers=answers))
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Passages:
+    """Texts scored in bits per byte: the records of a JSONL file, or a whole plain text."""
+
+    name: str
+    file: str
+    text_key: str = "text"
+    version: int = 1
+
+    def items(self, root: str) -> Sequence[Passage]:
+        if ".json" not in self.file:
+            return [Passage(id="0", text=read_text(root, self.file, self.name))]
+        records = read_records(root, self.file, self.name)
+        return [Passage(id=str(i), text=r[self.text_key]) for i, r in enumerate(records) if r[self.text_key]]
+
+    def examples(self, root: str) -> Sequence[Passage]:
+        return []
+
+
+LAMBADA = Lambada()
+PIQA = Piqa()
+ARC_EASY = Options(
+    name="arc_easy",
+    file="llmadapters_ARC-Easy_test.json.gz",
+    examples_file="llmadapters_ARC-Easy_train.json.gz",
+)
+ARC_CHALLENGE = Options(
+    name="arc_challenge",
+    file="llmadapters_ARC-Challenge_test.json.gz",
+    examples_file="llmadapters_ARC-Challenge_train.json.gz",
+)
+OPENBOOKQA = Options(
+    name="openbookqa",
+    file="llmadapters_openbookqa_test.json.gz",
+    examples_file="llmadapters_openbookqa_train.json.gz",
+    style="plain",
+)
+WINOGRANDE = Winogrande()
+NATURAL_QUESTIONS = OpenQuestions(
+    name="nq_open", file="nq_open_dev.jsonl.gz", question_key="question", answers_key="answer"
+)
+WEB_QUESTIONS = OpenQuestions(
+    name="webquestions",
+    file="webquestions_test.json.gz",
+    question_key="qText",
+    answers_key="answers",
+    examples_file="webquestions_trainmodel.json.gz",
+)
+LIKELIHOOD_TASKS = (LAMBADA, PIQA, ARC_EASY, ARC_CHALLENGE, OPENBOOKQA, WINOGRANDE)
+
+
+# --- choosing and prompting --------------------------------------------------------------------------
+
+
+def choose_items(items: Sequence[Item], max_items: int | None, seed: int) -> list[Item]:
+    """At most `max_items` of them, drawn once by `seed`, in their order."""
+    if max_items is None or max_items >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(random.Random(stable_seed("items", seed)).sample(range(len(items)), max_items))]
+
+
+def few_shot_prefix(task: Task, root: str, num_shots: int, seed: int) -> str:
+    """Solved examples in front of every prompt; the same for all items of a task.
+
+    Raises:
+      ConfigError: the task has too few.
+    """
+    if num_shots == 0:
+        return ""
+    examples = task.examples(root)
+    if len(examples) < num_shots:
+        raise ConfigError(
+            f"{task.name} must have {num_shots} solved examples for its prompt, got {len(examples)}; set num_shots to fewer"
+        )
+    chosen = random.Random(stable_seed("shots", task.name, seed)).sample(list(examples), num_shots)
+    return "".join(f"{example.solved()}\n\n" for example in chosen if not isinstance(example, Passage))
+
+
+# --- files -------------------------------------------------------------------------------------------
+
+
+def read_text(root: str, file: str, name: str) -> str:
+    """The text of a file below `root` (a glob must name one); ConfigError when it cannot be read."""
+    path = Path(root, file)
+    if "*" in file:
+        found = sorted(Path(root).glob(file))
+        if len(found) != 1:
+            raise ConfigError(f"task {name} must find one file for {file!r} below {root!r}, got {len(found)}")
+        path = found[0]
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"task {name} must find its file below data_root, got {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def read_records(root: str, file: str, name: str) -> list[dict[str, Any]]:
+    """The objects of a JSON array or of JSON lines."""
+    text = read_text(root, file, name)
+    try:
+        if text.lstrip().startswith("["):
+            return list(json.loads(text))
+        return list(_lines(text))
+    except ValueError as error:
+        raise ConfigError(f"task {name} must find JSON in {Path(root, file)}, got what fails: {error}") from error
+
+
+def _lines(text: str) -> Iterator[dict[str, Any]]:
+    # Not splitlines: a text may hold other line ends.
+    for line in text.split("\n"):
+        if line.strip():
+            yield json.loads(line)
+
+
+def _options(record: Mapping[str, Any], where: str, word: str) -> tuple[str, list[str], int]:
+    """The question, its options and the index of the right one, from an `instruction` that holds them all."""
+    text = record["instruction"].partition(": ")[2]
+    text = re.split(r"\s*Answer format:", text)[0]
+    question, _, listed = text.rpartition(f"\n\n{word.title()}1: ")
+    parts = re.split(rf"\s+{word.title()}\d+: ", listed)
+    gold = record["answer"].removeprefix(word)
+    if not question or not gold.isdigit() or not 1 <= int(gold) <= len(parts) or len(parts) < 2:
+        raise ConfigError(f"{where} must list options and name one of them, got {record['instruction']!r}")
+    return question.strip(), [part.strip() for part in parts], int(gold) - 1

@@ -1,0 +1,138 @@
+"""EleutherAI's lm-evaluation-harness drives a model of ours (extra `[lm_eval]`; a config imports this file).
+
+The harness brings the tasks, the prompts and the metrics; the model answers its three kinds of requests:
+log-likelihoods of continuations, of whole texts, and greedy or sampled text until a stop string.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lm_eval
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from pretrain import config as config_lib
+from pretrain.config import ConfigError, local
+from pretrain.evals.likelihood import Scorer, continuation_scores, passage_scores
+from pretrain.evals.scored_model import ScoredModel, load_scored_model
+from pretrain.generate import Generator, Request
+from pretrain.pretrained import Pretrained
+from pretrain.rundir import RunDir, write_json_atomic
+from pretrain.sharding import MeshConfig
+from pretrain.tokenizer import Tokenizer
+
+
+class HarnessModel(LM):
+    """A model of ours as the harness asks for it."""
+
+    def __init__(
+        self, scorer: Scorer, generator: Generator, tokenizer: Tokenizer, *, add_bos: bool, row_length: int
+    ):
+        super().__init__()
+        self._scorer, self._generator, self._words = scorer, generator, tokenizer
+        self._add_bos, self._row_length = add_bos, row_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the key under which the harness keeps requests."""
+        return self._words.sha256[:12]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding gives it) of each continuation after its context."""
+        return continuation_scores(self._scorer, self._words, [r.args for r in requests], self._add_bos)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """The log-probability of each whole text."""
+        texts = [r.args[0] for r in requests]
+        return passage_scores(self._scorer, self._words, texts, self._row_length)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """A text for each (prompt, settings): until one of its stop strings, or its number of tokens."""
+        begin = [self._words.bos_id] if self._add_bos else []
+        asked = []
+        for number, request in enumerate(requests):
+            prompt, settings = request.args
+            until = settings.get("until") or []
+            length = int(settings.get("max_gen_toks", 256))
+            ids = begin + self._words.encode(prompt)
+            # As other models of the harness do: a prompt that is too long loses its beginning.
+            ids = ids[-max(1, self._generator.config.max_length - length) :]
+            asked.append(
+                Request(
+                    ids=tuple(ids),
+                    max_new_tokens=length,
+                    temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
+                    top_p=float(settings.get("top_p", 1.0)),
+                    stop=(until,) if isinstance(until, str) else tuple(u for u in until if u),
+                    stop_ids=(self._words.eos_id,),
+                    seed=number,
+                )
+            )
+        return [completion.text for completion in self._generator.generate(asked)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LmEvalConfig:
+    """Tasks of the harness on a model of ours.
+
+    tasks: names that the harness knows, or below `task_folder`, a folder with YAML files of one's own. The harness
+    fetches data sets from the hub; tasks over local files need none.
+    """
+
+    model: str | Pretrained
+    tasks: tuple[str, ...]
+    task_folder: str | None = None
+    max_items: int | None = None
+    num_shots: int | None = None
+    bos: bool | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    row_length: int = 1024
+    batch_rows: int = local(8)
+    workdir: str = local("runs")
+    mesh: MeshConfig = local(MeshConfig())
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise ConfigError("tasks must name at least one task, got none")
+
+    def run(self, *, name: str) -> Mapping[str, Any]:
+        """Score the model on the tasks, print the harness' table, write results.json."""
+        manager = TaskManager(include_path=self.task_folder)
+        known = set(manager.all_tasks)
+        unknown = [task for task in self.tasks if task not in known]
+        if unknown:
+            raise ConfigError(f"tasks must be known to the harness, got {', '.join(unknown)}; see its list, or set task_folder")
+        run = RunDir(Path(self.workdir) / name / config_lib.fingerprint(self)[:8])
+        run.create()
+        with run.lock():
+            write_json_atomic(run.config_json, config_lib.to_json(self))
+            model = load_scored_model(
+                self.model, dtype=self.dtype, bos=self.bos, row_length=self.row_length, batch_rows=self.batch_rows,
+                mesh=self.mesh,
+            )  # fmt: skip
+            found = lm_eval.simple_evaluate(
+                model=harness_model(model),
+                tasks=list(self.tasks),
+                task_manager=manager,
+                limit=self.max_items,
+                num_fewshot=self.num_shots,
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
+            assert found is not None
+            results = {"results": found["results"], "versions": found["versions"]}
+            write_json_atomic(run.root / "results.json", results)
+        for task, metrics in results["results"].items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    print(f"{task:24} {metric:28} {value:.4f}")
+        return results
+
+
+def harness_model(model: ScoredModel) -> HarnessModel:
+    """The harness' view of a loaded model."""
+    return HarnessModel(
+        model.scorer(), model.generator(), model.tokenizer, add_bos=model.add_bos, row_length=model.row_length
+    )

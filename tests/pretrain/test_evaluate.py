@@ -1,0 +1,150 @@
+"""The verb scores a folder from config to table, goes on where it was killed, and refuses bad input in one line."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pretrain.config import ConfigError
+from pretrain.evals.tasks import Lambada, OpenQuestions, Options, Passages
+from pretrain.evaluate import EvaluateConfig, evaluate, main
+from pretrain.hf import export_model
+from pretrain.model.transformer import ModelConfig, abstract_params
+from pretrain.tokenizer import ByteTokenizer
+
+MODEL = ModelConfig(
+    num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_width=8, hidden_width=16, dtype="float32"
+)
+TASKS = (
+    Options(name="options", file="options.json"),
+    Lambada(file="words.jsonl"),
+    Passages(name="passages", file="words.jsonl"),
+)
+
+
+def make_folder(path, seed):
+    random = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * 0.3, jnp.float32),
+        abstract_params(MODEL, 260),
+    )
+    return str(export_model(path, params, MODEL, ByteTokenizer()))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    options = [
+        {
+            "instruction": f"Choose: Which {i}?\n\nAnswer1: one{i} Answer2: two\n\nAnswer format: x",
+            "answer": f"answer{1 + i % 2}",
+        }
+        for i in range(6)
+    ]
+    (root / "options.json").write_text(json.dumps(options))
+    (root / "words.jsonl").write_text("".join(json.dumps({"text": f"some words here {i}"}) + "\n" for i in range(5)))
+    make_folder(root / "model", 0)
+    make_folder(root / "base", 1)
+    return root
+
+
+@pytest.fixture
+def config(root, tmp_path):
+    return EvaluateConfig(
+        model=str(root / "model"),
+        tasks=TASKS,
+        data_root=str(root),
+        row_length=64,
+        batch_rows=8,
+        workdir=str(tmp_path),
+    )
+
+
+def results_of(config, name="test"):
+    return evaluate(config, name=name)["tasks"]
+
+
+def test_every_kind_of_task_gets_its_metrics_with_intervals(config, capsys):
+    tasks = results_of(config)
+    assert list(tasks["options"]["metrics"]) == ["accuracy", "accuracy_per_byte"]
+    assert list(tasks["lambada"]["metrics"]) == ["accuracy", "nats_per_word"]
+    bits = tasks["passages"]["metrics"]["bits_per_byte"]
+    assert bits["low"] <= bits["value"] <= bits["high"]
+    assert bits["items"] == 5
+    table = capsys.readouterr().out
+    assert f"{bits['value']:.4f}" in table
+    assert "options v1" in table
+
+
+def test_the_same_command_takes_what_is_there_and_computes_what_is_not(config, tmp_path):
+    first = results_of(config)
+    (folder,) = [p for p in (tmp_path / "test").glob("*/*") if p.is_dir()]
+    stored = folder / "options.json"
+    marked = json.loads(stored.read_text())
+    marked["records"][0]["metrics"]["accuracy"] = 1 - marked["records"][0]["metrics"]["accuracy"]
+    stored.write_text(json.dumps(marked))
+    (folder / "lambada.json").unlink()
+    second = results_of(config)
+    assert second["options"]["metrics"] != first["options"]["metrics"]  # read, not computed
+    assert second["lambada"] == first["lambada"]
+    only = evaluate(EvaluateConfig(**{**vars(config), "only": ("passages",)}), name="test")
+    assert list(only["tasks"]) == ["passages"]
+
+
+def test_a_base_is_compared_item_by_item(config, root):
+    same = results_of(EvaluateConfig(**{**vars(config), "base": config.model}))
+    for task in same.values():
+        for change in task["change"].values():
+            assert (change["value"], change["low"], change["high"]) == (0.0, 0.0, 0.0)
+    other = results_of(EvaluateConfig(**{**vars(config), "base": str(root / "base")}))["passages"]
+    change = other["change"]["bits_per_byte"]
+    assert change["value"] == pytest.approx(
+        other["metrics"]["bits_per_byte"]["value"] - other["base"]["bits_per_byte"]["value"]
+    )
+    assert change["low"] < change["value"] < change["high"]
+
+
+def test_bad_input_is_exit_code_two_and_one_line_each(root, tmp_path, capsys):
+    file = tmp_path / "config.py"
+
+    def run(body, *overrides):
+        file.write_text(
+            "from pretrain.evaluate import EvaluateConfig\nfrom pretrain.evals.tasks import *\n"
+            f"def get_config():\n    return {body}\n"
+        )
+        code = main(["--config", str(file), f"workdir={tmp_path}/runs", *overrides])
+        return code, capsys.readouterr().err.splitlines()
+
+    model = repr(str(root / "model"))
+    code, lines = run(f"EvaluateConfig(model={model}, tasks=(PIQA,))", f"data_root={root}")
+    assert (code, len(lines)) == (2, 1)
+    assert "piqa" in lines[0]
+    assert not (tmp_path / "runs").exists()
+    code, lines = run(f"EvaluateConfig(model={model}, tasks=())")
+    assert code == 2
+    assert "tasks must name at least one task" in lines[0]
+    words = "Lambada(file='words.jsonl')"
+    code, lines = run(f"EvaluateConfig(model='{root}/nothing', tasks=({words},))", f"data_root={root}")
+    assert code == 3
+    code, lines = run(f"EvaluateConfig(model={model}, tasks=({words},), row_length=4, batch_rows=8)", f"data_root={root}")
+    assert code == 2
+    assert "must fit row_length=4" in lines[0]
+    code, lines = run(f"EvaluateConfig(model={model}, tasks=({words},), num_shots=2)", f"data_root={root}")
+    assert code == 2
+    assert "solved examples" in lines[0]
+
+
+def test_faults_of_a_config_come_together():
+    with pytest.raises(ConfigError) as caught:
+        EvaluateConfig(model="m", tasks=(TASKS[0], TASKS[0]), only=("x",), row_length=1, max_items=0)
+    assert len(caught.value.faults) == 4
+
+
+@pytest.mark.slow
+def test_open_questions_are_answered_by_the_generator(config, root):
+    (root / "questions.jsonl").write_text('{"q": "what", "a": ["x"]}\n{"q": "who?", "a": ["y"]}\n')
+    task = OpenQuestions(name="open", file="questions.jsonl", question_key="q", answers_key="a")
+    changed = {**vars(config), "tasks": (task,), "max_new_tokens": 4}
+    assert list(results_of(EvaluateConfig(**changed))["open"]["metrics"]) == ["exact_match"]

