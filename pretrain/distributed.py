@@ -27,9 +27,8 @@ class DistributedConfig:
     """How the processes of a run find each other; `none` is one process alone."""
 
     cluster: Literal["none", "slurm", "tpu", "torchrun", "explicit"] = local("none")
-    coordinator: str = local(
-        ""
-    )  # explicit: host:port on which process 0 listens; slurm: its port, 12321 by default
+    # host:port on which process 0 listens; for slurm its port alone will do, 12321 by default.
+    coordinator: str = local("")
     num_processes: int | None = local(None)
     process_id: int | None = local(None)
     join_timeout_s: int = local(300)
@@ -46,8 +45,7 @@ class DistributedConfig:
         }
         if self.cluster == "explicit":
             missing = [name for name, value in given.items() if value is None]
-            # All three are given on one command line; one at a time is how overrides arrive in tests of a field.
-            if missing and len(missing) < len(given):
+            if missing:
                 faults.append(f"cluster=explicit needs {', '.join(missing)} as well")
         elif self.cluster != "slurm" and any(value is not None for value in given.values()):
             named = next(name for name, value in given.items() if value is not None)
@@ -85,10 +83,7 @@ def membership(config: DistributedConfig, environment: Mapping[str, str]) -> Mem
     """
     match config.cluster:
         case "explicit":
-            if not config.coordinator or config.num_processes is None or config.process_id is None:
-                raise ConfigError(
-                    "distributed.cluster=explicit needs coordinator=host:port, num_processes and process_id"
-                )
+            assert config.num_processes is not None and config.process_id is not None  # checked by the config
             return Membership(
                 coordinator=config.coordinator,
                 num_processes=config.num_processes,
@@ -186,7 +181,9 @@ _LOST = re.compile(
 
 
 def _says_lost(error: BaseException) -> bool:
-    if isinstance(error, ConfigError) or not isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError)):
+    if isinstance(error, ConfigError) or not isinstance(
+        error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError)
+    ):
         return False
     return jax.process_count() > 1 and bool(_LOST.search(str(error)))
 
