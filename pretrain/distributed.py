@@ -83,7 +83,8 @@ def membership(config: DistributedConfig, environment: Mapping[str, str]) -> Mem
     """
     match config.cluster:
         case "explicit":
-            assert config.num_processes is not None and config.process_id is not None  # checked by the config
+            assert config.num_processes is not None  # checked by the config
+            assert config.process_id is not None
             return Membership(
                 coordinator=config.coordinator,
                 num_processes=config.num_processes,
