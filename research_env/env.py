@@ -232,9 +232,9 @@ class AIResearchEnv:
                 seed=seed, rung=rung, resource=str(self.resource),
             )  # fmt: skip
 
-        def run_one(key: str, cpus: tuple[int, ...]) -> Result:
+        def run_one(key: str, leased: tuple[int, ...]) -> Result:
             candidate, seed = pending[key]
-            return self._run(key, candidate, seed, rung, cpus)
+            return self._run(key, candidate, seed, rung, leased)
 
         def on_done(key: str, result: Result) -> None:
             shutil.rmtree(sealed_folder(self.workdir, key), ignore_errors=True)
@@ -289,7 +289,9 @@ class AIResearchEnv:
             self.on_result(candidate.node, purpose, result)
         return key
 
-    def _run(self, key: str, candidate: "Candidate", seed: int, rung: float, cpus: tuple[int, ...]) -> Result:
+    def _run(
+        self, key: str, candidate: "Candidate", seed: int, rung: float, leased: tuple[int, ...]
+    ) -> Result:
         assert candidate.tree is not None
         spec = JobSpec(
             run_key=key,
@@ -301,8 +303,10 @@ class AIResearchEnv:
             level=self.isolation.level,
             label=self.isolation.label,
             workdir=str(self.workdir),
-            cpus=cpus if self.resource.kind == "CPU" else (),
+            cpus=leased if self.resource.kind == "CPU" else (),
             num_devices=self.resource.count,
+            devices=() if self.resource.kind == "CPU" else leased,
+            device_kind=self.resource.kind,
             cache=str(self.cache) if self.cache and (self.cache.is_dir() or self._is_filling_cache) else "",
             fills_cache=self._is_filling_cache,
         )

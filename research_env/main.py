@@ -11,6 +11,8 @@ from pretrain.rundir import write_json_atomic
 from research_env.choose import Noise, mean_interval
 from research_env.dashboards.page import write_page
 from research_env.env import AIResearchEnv
+from research_env.records import Resource
+from research_env.schedule import Devices
 from research_env.search.campaign import ArmResult, confirm_best, measure_noise, run_arm
 from research_env.search.proposal import Told
 from research_env.search.recipe import ResearchConfig, build_arm, build_maker
@@ -41,6 +43,7 @@ def run(config: ResearchConfig, console: Console) -> int:
         sandbox=config.sandbox,
         budget=config.budget,
         seed=config.seed,
+        devices=Devices.of_this_host([Resource.parse(text) for text in config.accelerators]),
     ) as env:
         console.print(
             f"{env.task.name}: isolation {env.isolation.label}, {env.resource}, folder {env.workdir}",

@@ -61,9 +61,10 @@ class Devices:
         self._changed = threading.Condition()
 
     @classmethod
-    def of_this_host(cls) -> "Devices":
-        """The cores that this process may use."""
-        return cls({"CPU": sorted(os.sched_getaffinity(0))})
+    def of_this_host(cls, accelerators: Sequence[Resource] = ()) -> "Devices":
+        """The cores that this process may use, and the accelerators that the caller says are there."""
+        named = {resource.kind: range(resource.count) for resource in accelerators}
+        return cls({"CPU": sorted(os.sched_getaffinity(0)), **named})
 
     def check(self, resource: Resource) -> None:
         """Raises:

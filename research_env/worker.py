@@ -45,6 +45,8 @@ class JobSpec:
     workdir: str  # where sealed artifacts and the judge's files are
     cpus: tuple[int, ...] = ()
     num_devices: int = 1
+    devices: tuple[int, ...] = ()  # leased accelerators, empty for cores
+    device_kind: str = "CPU"
     cache: str = ""  # compile cache on the host, read-only to candidates
     fills_cache: bool = False  # the harness's own baseline, whose compiles become the cache
 
@@ -55,13 +57,16 @@ class JobSpec:
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "tree": tree,
             "cpus": list(self.cpus),
+            "devices": list(self.devices),
         }
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "JobSpec":
         """The spec of `to_json`."""
         tree = {path: base64.b64decode(data) for path, data in fields["tree"].items()}
-        return cls(**{**fields, "tree": tree, "cpus": tuple(fields["cpus"])})
+        return cls(
+            **{**fields, "tree": tree, "cpus": tuple(fields["cpus"]), "devices": tuple(fields["devices"])}
+        )
 
 
 def sealed_folder(workdir: str | Path, run_key: str) -> Path:
@@ -200,7 +205,7 @@ def _train(
         Mount(host=str(scratch.path / "ws"), name="ws", writable=True),
         Mount(host=str(scratch.path / "out"), name="out", writable=True),
     ]
-    environment = {"OUT": "{out}", "SEED": str(spec.seed), "RUNG": repr(spec.rung), **_threads(spec)}
+    environment = {"OUT": "{out}", "SEED": str(spec.seed), "RUNG": repr(spec.rung), **_shares(spec)}
     if task.data:
         mounts.append(Mount(host=os.path.abspath(task.data), name="data"))
         environment["DATA"] = "{data}"
@@ -267,9 +272,28 @@ def _keep_cache(spec: JobSpec, scratch: Scratch) -> None:
     building.rename(spec.cache)
 
 
-def _threads(spec: JobSpec) -> dict[str, str]:
+def _shares(spec: JobSpec) -> dict[str, str]:
+    """What a job is told about its lease: as many threads as cores, and its own accelerators only."""
     count = str(max(1, len(spec.cpus)))
-    return {name: count for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    shares = {name: count for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    if spec.devices:
+        name = "TPU_VISIBLE_DEVICES" if spec.device_kind.upper().startswith("TPU") else "CUDA_VISIBLE_DEVICES"
+        shares[name] = ",".join(map(str, spec.devices))
+    return shares
+
+
+def _device_nodes(spec: JobSpec) -> tuple[str, ...]:
+    """The host's device files of a lease; a jail has no others. (Never run on an accelerator so far.)"""
+    if not spec.devices:
+        return ()
+    names = [
+        "/dev/nvidiactl",
+        "/dev/nvidia-uvm",
+        "/dev/nvidia-uvm-tools",
+        *(f"/dev/nvidia{i}" for i in spec.devices),
+    ]
+    names += [f"/dev/accel{i}" for i in spec.devices]
+    return tuple(name for name in names if os.path.exists(name))
 
 
 def _jail(
@@ -294,6 +318,7 @@ def _jail(
         environment=environment,
         limits=task.judge_limits if is_judge else task.limits,
         cpus=spec.cpus,
+        devices=() if is_judge else _device_nodes(spec),
     )
 
 
@@ -321,7 +346,7 @@ def _judge(
         "SEED": str(spec.seed),
         # Drawn after the run has ended, so that nothing trained could know which positions are tested.
         "JUDGE_SEED": str(int.from_bytes(os.urandom(4))),
-        **_threads(spec),
+        **_shares(spec),
     }
     jobs: list[Job] = []
     threads: list[threading.Thread] = []
@@ -337,7 +362,7 @@ def _judge(
                 Mount(host=os.path.abspath(judge_files / "server"), name="server"),
                 *_cache_mounts(spec, scratch),
             ]
-            server_environment = {**_threads(spec), **_cache_environment(spec)}
+            server_environment = {**_shares(spec), **_cache_environment(spec)}
         for index in range(task.num_servers):
             to_server, from_judge = os.pipe()
             to_judge, from_server = os.pipe()
@@ -400,7 +425,7 @@ def read_metric(file: Path, task: Task) -> tuple[Status, str, float | None, dict
     with os.fdopen(fd, "rb") as stream:
         data = stream.read(65_537)
     try:
-        fields = json.loads(data) if len(data) <= 65_536 else None
+        fields = json.loads(data, object_pairs_hook=_without_twins) if len(data) <= 65_536 else None
     except (ValueError, RecursionError):
         fields = None
     if isinstance(fields, (int, float)):
@@ -422,6 +447,14 @@ def read_metric(file: Path, task: Task) -> tuple[Status, str, float | None, dict
         else {}
     )
     return Status.OK, "", float(metric), numbers
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An evaluator that pastes a candidate's text into its document could be given a second "metric"."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key stands twice")
+    return fields
 
 
 def clean_log(text: str) -> str:

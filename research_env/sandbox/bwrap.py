@@ -60,6 +60,8 @@ def command(
         options += ["--ro-bind-try", file, file]
     for host, inside, writable in bound:
         options += ["--bind" if writable else "--ro-bind", renamed.get(host, host), inside]
+    for device in jail.devices:
+        options += ["--dev-bind", device, device]
     for key, value in jail.full_environment().items():
         options += ["--setenv", key, value]
     options += ["--remount-ro", "/dev", "--remount-ro", "/", "--cap-drop", "ALL"]

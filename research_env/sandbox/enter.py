@@ -23,7 +23,6 @@ _NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
     0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
-_DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
 def enter(orders_fd: int) -> None:
@@ -78,8 +77,8 @@ def _private_root(orders: dict) -> None:
     for file in orders["system_files"]:
         if os.path.exists(file):
             _bind(file, root + file, writable=False)
-    for name in _DEVICES:
-        _bind(f"/dev/{name}", f"{root}/dev/{name}", writable=True, devices=True)
+    for device in orders["devices"]:
+        _bind(device, root + device, writable=True, devices=True)
     os.symlink("/proc/self/fd", f"{root}/dev/fd")
     os.mkdir(f"{root}/dev/shm")
     for name in ("tmp", "dev/shm"):
@@ -121,13 +120,13 @@ def _become(orders: dict) -> None:
     os.setsid()
     if orders["level"] == "unshare":
         read = [path for path in ("/usr", "/etc", "/proc", "/dev", *orders["system"]) if os.path.exists(path)]
-        write = ["/tmp", "/dev/shm", *(f"/dev/{name}" for name in _DEVICES)]
+        write = ["/tmp", "/dev/shm", *orders["devices"]]
         inside = [(path, writable) for _, path, writable in orders["mounts"]]
     else:
         read = [
             path for path in (*orders["system"], *orders["system_files"], "/proc") if os.path.exists(path)
         ]
-        write = [f"/dev/{name}" for name in _DEVICES]
+        write = list(orders["devices"])
         inside = [(host, writable) for host, _, writable in orders["mounts"]]
     read += [path for path, writable in inside if not writable]
     write += [path for path, writable in inside if writable]

@@ -13,6 +13,7 @@ from pathlib import Path
 from research_env.records import Limits
 
 NOBODY = 65534  # the uid and gid that jobs run as when the supervisor is root
+DEVICES = ("null", "zero", "full", "random", "urandom")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl/openssl.cnf")
 
@@ -43,6 +44,7 @@ class Jail:
     environment: dict[str, str]
     limits: Limits
     cpus: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()  # device files of leased accelerators
 
     def path(self, name: str) -> str:
         """The path that the job has for the mount `name`."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from research_env.sandbox import seccomp
-from research_env.sandbox.jail import NOBODY, SYSTEM, SYSTEM_FILES, Jail
+from research_env.sandbox.jail import DEVICES, NOBODY, SYSTEM, SYSTEM_FILES, Jail
 
 
 def command(
@@ -25,6 +25,7 @@ def command(
         "join_files": list(join_files),
         "stage": jail.stage,
         "mounts": [[mount.host, mount.inside, mount.writable] for mount in jail.mounts],
+        "devices": ["/dev/" + name for name in DEVICES] + list(jail.devices),
         "cwd": jail.path(jail.cwd),
         "environment": jail.full_environment(),
         "disk_bytes": jail.limits.disk_bytes,

@@ -7,6 +7,7 @@ from research_env.choose import Noise, passes_screen, posterior_mean
 from research_env.env import AIResearchEnv
 from research_env.ideator.llm import ModelIdeas
 from research_env.ideator.mutate import MutationIdeas
+from research_env.records import Resource
 from research_env.sandbox.ladder import SandboxConfig
 from research_env.schedule import Budget
 from research_env.search.best_of_n import BestOfN
@@ -14,7 +15,7 @@ from research_env.search.explore_exploit import ExploreExploit
 from research_env.search.greedy import Greedy
 from research_env.search.islands import Islands
 from research_env.search.makers import Maker, ModelMaker, MutationMaker
-from research_env.search.proposal import Proposal, Search, Told
+from research_env.search.proposal import Search, Told
 from research_env.search.tree import Tree
 
 ARMS = ("best_of_n", "greedy", "explore_exploit", "islands", "tree")
@@ -27,6 +28,7 @@ class ResearchConfig:
     codebase: str
     workdir: str = local()
     resource: str = "1xCPU"
+    accelerators: tuple[str, ...] = local(())  # what this host has besides its cores: ("8xH100",)
     seed: int = 0
     arms: tuple[str, ...] = ("best_of_n", "explore_exploit")
     num_candidates: int = 40  # told candidates of each arm
@@ -42,6 +44,8 @@ class ResearchConfig:
         faults = [
             f"arms must be among {', '.join(ARMS)}, got {arm!r}" for arm in self.arms if arm not in ARMS
         ]
+        for text in (self.resource, *self.accelerators):
+            Resource.parse(text)
         for name in ("num_candidates", "batch", "epoch_size", "max_confirmed"):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
