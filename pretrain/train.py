@@ -1,7 +1,7 @@
-"""The one training loop: a batch source, a loss and a state, from the config to the summary.
+"""The one training loop: an objective (batches, a loss, a verdict) and a state, from the config to the summary.
 
-Pretraining, continued pretraining and tuning differ in their config only. `train` reads from top to bottom:
-data, state (fresh, initialized from another run, or resumed), then for every step: batch, step, and what is due
+Pretraining, continued pretraining and tuning differ in their config only; reinforcement learning brings another
+objective. `train` reads from top to bottom: data, state (fresh, initialized from another run, or resumed), then for every step: batch, step, and what is due
 after it. State is a local variable; whatever a killed run needs is in its last checkpoint, and the batch of a
 step is a pure function of the config, the tables and the step.
 """
@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,12 +21,8 @@ from pretrain import config as config_lib
 from pretrain import flops
 from pretrain.checkpoint import Checkpointer, CheckpointPolicy, params_sha256, read_item
 from pretrain.config import ConfigError, local
-from pretrain.data.batch import Batch
-from pretrain.data.loader import RowBatches
-from pretrain.data.tables import DataConfig, PreparedData, prepare_tables
+from pretrain.data.tables import DataConfig, prepare_tables
 from pretrain.distributed import DistributedConfig, is_writer, leave_if_lost, wait_for_all
-from pretrain.evals.baselines import baseline_bits_per_byte
-from pretrain.evals.perplexity import HeldoutScore, heldout_score
 from pretrain.generate import SampleConfig, sample_texts
 from pretrain.health import (
     REASONS,
@@ -48,19 +44,13 @@ from pretrain.metrics import (
     read_metrics,
 )
 from pretrain.model.transformer import ModelConfig, abstract_params
+from pretrain.objective import Evaluation, Objective, RowObjective
 from pretrain.optim import OptimConfig, make_optimizer
 from pretrain.plots import draw_loss
 from pretrain.pretrained import Pretrained, load_init
 from pretrain.rundir import RunDir, write_atomic, write_json_atomic
 from pretrain.sharding import MeshConfig, make_mesh
-from pretrain.step import (
-    TrainState,
-    abstract_state,
-    init_state,
-    language_model_loss,
-    make_eval_step,
-    make_train_step,
-)
+from pretrain.step import TrainState, abstract_state, init_state, make_train_step
 
 EXIT_PREEMPTED = 75
 
@@ -113,11 +103,12 @@ class TrainConfig:
     checkpoint: CheckpointPolicy = local(CheckpointPolicy())
     sample: SampleConfig = local(SampleConfig())
 
-
-class BatchSource(Protocol):
-    """Where batches come from: rows of tables here, scored samples in reinforcement learning."""
-
-    def next(self, step: int, params: Any) -> Batch: ...
+    def objective(self) -> Objective:
+        """What this run learns; prepares what it reads. Another kind of run is a subclass with its own."""
+        data = prepare_tables(self.data, Path(self.run.workdir), self.run.seed)
+        return RowObjective(
+            data, self.data, self.model, self.loss, seed=self.run.seed, num_steps=self.run.num_steps
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,34 +141,36 @@ def train(config: TrainConfig, *, name: str, trunk: Path | None = None) -> Train
     done = _finished(run, last_step)
     if done is not None:
         print(f"nothing to do: {run.root} has reached step {done['steps']} of {config.run.num_steps}")
-        print(_closing_lines(done))
+        print("\n".join(done["closing"]))
         if last_step < config.run.num_steps:
             print(f"raise run.stop_step above {done['steps']} to go on")
         return TrainResult(folder=run.root, steps=done["steps"], exit_code=0, summary=done)
 
     mesh = make_mesh(config.mesh)
     with ExitStack() as stack:
-        data = prepare_tables(config.data, Path(config.run.workdir), config.run.seed)
+        objective = config.objective()
         config_json = config_lib.to_json(config)
         if is_writer():
             run.create()
             stack.enter_context(run.lock())
             write_json_atomic(run.config_json, config_json)
             if not (run.root / "tokenizer.json").exists():
-                data.tokenizer.save(run.root / "tokenizer.json")
+                objective.tokenizer.save(run.root / "tokenizer.json")
         wait_for_all("the run folder is ready")
-        checkpointer = Checkpointer(run.checkpoints, config_json, data.fingerprint, config.checkpoint)
+        checkpointer = Checkpointer(run.checkpoints, config_json, objective.fingerprint, config.checkpoint)
         stack.callback(checkpointer.close)
 
-        vocab_size = data.tokenizer.vocab_size
+        vocab_size = objective.tokenizer.vocab_size
         optimizer = make_optimizer(
             config.optim, config.run.num_steps, abstract_params(config.model, vocab_size), config.model
         )
+        batches_state: dict[str, Any] = {}
         abstract = abstract_state(config.model, vocab_size, optimizer, mesh, config.health)
         restored = checkpointer.restore_latest(abstract)
         if restored is not None:
             state, start_step, ledger = restored
             seconds = read_item(run.checkpoints / str(start_step), "meta")["goodput_s"]
+            batches_state = read_item(run.checkpoints / str(start_step), "data").get("batches", {})
             print(f"resuming {run.root} from the checkpoint of step {start_step}")
         elif trunk is not None:
             state, ledger, identity = checkpointer.restore_trunk(
@@ -187,15 +180,16 @@ def train(config: TrainConfig, *, name: str, trunk: Path | None = None) -> Train
             _check_same_rates(config, start_step, identity["run"]["num_steps"])
             print(f"starting {run.root} at step {start_step} of {trunk}")
         else:
-            params = load_init(config.init, config.model, data.tokenizer, mesh) if config.init else None
+            params = load_init(config.init, config.model, objective.tokenizer, mesh) if config.init else None
             state = init_state(
                 config.model, vocab_size, optimizer, config.run.seed, mesh, config.health, params
             )
             start_step, ledger, seconds = 0, Ledger(), {}
             print(f"starting {run.root}")
         loop = _Loop(
-            config, run, data, mesh, optimizer, checkpointer, ledger, start_step, GoodputClock(seconds)
+            config, run, objective, mesh, optimizer, checkpointer, ledger, start_step, GoodputClock(seconds)
         )
+        loop.batches.restore(batches_state)
         stack.callback(loop.writers.close)
         stack.push(leave_if_lost)
         return loop.run_to(last_step, state)
@@ -219,7 +213,7 @@ class _Loop:
         self,
         config: TrainConfig,
         run: RunDir,
-        data: PreparedData,
+        objective: Objective,
         mesh: jax.sharding.Mesh,
         optimizer: Any,
         checkpointer: Checkpointer,
@@ -227,33 +221,29 @@ class _Loop:
         start_step: int,
         clock: GoodputClock,
     ):
-        self.config, self.run, self.data, self.mesh = config, run, data, mesh
+        self.config, self.run, self.objective = config, run, objective
         self.checkpointer, self.ledger, self.start_step, self.clock = checkpointer, ledger, start_step, clock
-        loss = language_model_loss(config.model, config.loss, len(data.labels))
         self.train_step = make_train_step(
-            loss,
+            objective.loss,
             optimizer,
             mesh=mesh,
             num_microbatches=config.run.num_microbatches,
             health=config.health,
             learning_rate=lambda step: config.optim.learning_rate(step, config.run.num_steps),
         )
-        self.eval_step = make_eval_step(loss, mesh=mesh)
-        self.batches = RowBatches(
-            data, config.data, num_steps=config.run.num_steps, seed=config.run.seed, mesh=mesh
-        )
+        self.batches = objective.open(mesh)
         self.writers = Writers([])
         if is_writer():
             self.writers, _ = open_writers(
                 run.root, config.run.writers, config_json=config_lib.to_json(config), resume_step=start_step
             )
-        self.tokens_per_step = config.data.batch_rows * config.data.row_length
+        self.tokens_per_step = objective.tokens_per_step
         self.peak_flops, self.peak_flops_source = flops.peak_flops()
         self._logged = (start_step, self._busy_s())
 
     def run_to(self, last_step: int, state: TrainState) -> TrainResult:
         """Train until `last_step`, a signal, or too many skipped steps."""
-        score = None
+        evaluation = None
         step = self.start_step
         with (
             StopSignal() as signal,
@@ -272,14 +262,14 @@ class _Loop:
                 pending = metrics
                 step += 1
                 watchdog.beat(step)
-                evaluate = step == last_step or _every(self.config.run.eval_every_steps, step)
+                due = step == last_step or _every(self.config.run.eval_every_steps, step)
                 save = step == last_step or self.checkpointer.due(step)
-                if evaluate or save:
+                if due or save:
                     self._record(step, pending, progress)
                     pending = None
-                if evaluate:
+                if due:
                     with watchdog.patience(3600):
-                        score = self._evaluate(step, state, progress)
+                        evaluation = self._evaluate(step, state, progress)
                 if save:
                     self._save(step, state)
                 self.checkpointer.poll()
@@ -292,10 +282,10 @@ class _Loop:
                 progress.say(f"{signal.received}: saved at step {step}; the same command goes on from here")
                 return TrainResult(folder=self.run.root, steps=step, exit_code=EXIT_PREEMPTED, summary={})
             with watchdog.patience(3600):
-                score = score or self._evaluate(step, state, progress)
-                summary = self._finish(step, state, score)
+                evaluation = evaluation or self._evaluate(step, state, progress)
+                summary = self._finish(step, state, evaluation)
         if is_writer():
-            print(_closing_lines(summary))
+            print("\n".join(summary["closing"]))
         return TrainResult(folder=self.run.root, steps=step, exit_code=0, summary=summary)
 
     def _record(self, step: int, metrics: Mapping[str, Any], progress: ProgressView) -> None:
@@ -307,6 +297,7 @@ class _Loop:
                 loss=values["loss"],
                 grad_norm=values["grad_norm"],
                 reason=REASONS[int(values["reason"])],
+                rows=self.batches.row_ids(step - 1),
             )
             progress.say(f"step {step} skipped: {entry['reason']}")
             if values["consecutive_skips"] >= self.config.health.max_consecutive_skips:
@@ -323,7 +314,7 @@ class _Loop:
         by_source = {
             label: float(nll / weight)
             for label, nll, weight in zip(
-                self.data.labels, values["nll_by_source"], values["weight_by_source"], strict=True
+                self.objective.labels, values["nll_by_source"], values["weight_by_source"], strict=True
             )
             if weight > 0
         }
@@ -344,8 +335,8 @@ class _Loop:
     def _mfu(self, tokens_per_second: float) -> float:
         return flops.mfu(
             self.config.model,
-            self.data.tokenizer.vocab_size,
-            self.config.data.row_length,
+            self.objective.tokenizer.vocab_size,
+            self.objective.tokens_per_row,
             tokens_per_second=tokens_per_second,
             peak_flops=self.peak_flops,
         )
@@ -355,38 +346,36 @@ class _Loop:
         seconds = self.clock.seconds()
         return seconds["step"] + seconds["data_wait"] + seconds["compile"]
 
-    def _evaluate(self, step: int, state: TrainState, progress: ProgressView) -> HeldoutScore:
-        """Held-out bits per byte and a few samples, written and shown."""
+    def _evaluate(self, step: int, state: TrainState, progress: ProgressView) -> Evaluation:
+        """The objective's verdict and a few samples, written and shown."""
         with self.clock.phase("evaluation"):
-            score = heldout_score(
-                self.eval_step,
-                state.params,
-                self.batches.heldout(),
-                heldout_bytes=self.data.heldout_bytes,
-                labels=self.data.labels,
-            )
+            evaluation = self.objective.evaluate(state.params)
         with self.clock.phase("sampling"):
             texts = []
             if jax.process_count() == 1:  # one host of many does not hold the model
-                texts = sample_texts(state.params, self.config.model, self.data.tokenizer, self.config.sample)
+                texts = sample_texts(
+                    state.params, self.config.model, self.objective.tokenizer, self.config.sample
+                )
         values = {
-            "bits_per_byte": score.bits_per_byte,
-            "bits_per_byte_by_source": score.bits_per_byte_by_source,
-            "nats_per_token": score.nats_per_token,
+            **evaluation.values,
             "params_fingerprint": tree_fingerprint(state.params),
             "samples": {str(i): text for i, text in enumerate(texts)},
         }
         self.writers.write(step, "eval", values)
-        progress.say(f"step {step}: {score.bits_per_byte:.4f} bits per byte on held-out text")
-        return score
+        progress.say(f"step {step}: {evaluation.headline}")
+        return evaluation
 
     def _save(self, step: int, state: TrainState) -> None:
         with self.clock.phase("checkpoint_block"):
             self.writers.flush()
-            extras = {"ledger": self.ledger, "meta": {"goodput_s": self.clock.seconds()}}
+            extras = {
+                "ledger": self.ledger,
+                "data": {"batches": self.batches.state()},
+                "meta": {"goodput_s": self.clock.seconds()},
+            }
             self.checkpointer.save(state, step, extras)
 
-    def _finish(self, step: int, state: TrainState, score: HeldoutScore) -> dict[str, Any]:
+    def _finish(self, step: int, state: TrainState, evaluation: Evaluation) -> dict[str, Any]:
         """Write summary, picture and samples; nothing in a process that is not the writer."""
         digest = params_sha256(state.params)  # every process holds a part
         if not is_writer():
@@ -395,17 +384,17 @@ class _Loop:
         rates = [r["tokens_per_second"] for r in records if r["kind"] == "train"]
         rate = statistics.median(rates)
         seconds = self.clock.seconds()
-        baselines = self._baselines()
+        with self.clock.phase("evaluation"):
+            judged = self.objective.summary(evaluation, self.run.root)
+        num_params = flops.params_count(state.params)
+        model_line = f"{num_params:,} parameters, step {step}, {self.clock.total_s():.0f} s"
         summary = {
-            "val_bits_per_byte": score.bits_per_byte,
-            "val_bits_per_byte_by_source": score.bits_per_byte_by_source,
-            "baseline_bits_per_byte": {kind: values["overall"] for kind, values in baselines.items()},
-            "baseline_bits_per_byte_by_source": baselines,
-            "val_bytes": sum(self.data.heldout_bytes.values()),
+            **judged,
+            "closing": [*judged["closing"], model_line],
             "train_tokens": step * self.tokens_per_step,
             "steps": step,
             "num_steps": self.config.run.num_steps,
-            "params": flops.params_count(state.params),
+            "params": num_params,
             "params_sha256": digest,
             "tokens_per_second": rate,
             "mfu": self._mfu(rate),
@@ -415,28 +404,11 @@ class _Loop:
             "seconds_by_phase": seconds,
             "skipped_steps": len(self.ledger.skipped_steps),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "data": self.data.report,
         }
         write_atomic(self.run.samples_txt, _samples_text(records))
         write_json_atomic(self.run.summary_json, summary)
         draw_loss(self.run.root)
         return summary
-
-    def _baselines(self) -> dict[str, dict[str, float]]:
-        """Baselines on the same held-out bytes; they depend on the data only and are computed once."""
-        path = self.run.root / "baselines.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        with self.clock.phase("evaluation"):
-            found = baseline_bits_per_byte(
-                self.data.train_rows(),
-                self.data.heldout_rows(),
-                self.data.heldout_texts(),
-                vocab_size=self.data.tokenizer.vocab_size,
-                labels=self.data.labels,
-            )
-        write_json_atomic(path, found)
-        return found
 
 
 def _every(interval: int | None, step: int) -> bool:
@@ -458,19 +430,3 @@ def _samples_text(records: Iterable[Mapping[str, Any]]) -> str:
             for text in record["samples"].values():
                 parts.append(f"--- step {record['step']} ---\n{text}\n")
     return "\n".join(parts)
-
-
-def _closing_lines(summary: Mapping[str, Any]) -> str:
-    """The score beside the baselines on the same bytes, best first."""
-    scores = {"model": summary["val_bits_per_byte"], **summary["baseline_bits_per_byte"]}
-    names = {
-        "model": f"this model, {summary['params']:,} parameters, step {summary['steps']}",
-        "unigram": "unigram, same tokens",
-        "bigram": "interpolated bigram, same tokens",
-        "xz": "xz -9e, same bytes",
-    }
-    lines = [f"held-out bits per byte, {summary['val_bytes']:,} bytes"]
-    lines += [
-        f"  {value:7.4f}  {names[key]}" for key, value in sorted(scores.items(), key=lambda item: item[1])
-    ]
-    return "\n".join(lines)

@@ -29,7 +29,7 @@ LAYERS = {
         "step",
         "checkpoint families safetensors_file hf gguf_import pretrained generate",
         "evals",
-        "train seqio_bridge lm_eval_bridge",
+        "objective train seqio_bridge lm_eval_bridge",
         "rl scaling aot",
         "main prepare evaluate sample",
     ),

@@ -111,6 +111,13 @@ class RowBatches:
         labels = self._data.labels
         return [(labels[source], row) for source, row in self._steps.row_ids(step)]
 
+    def state(self) -> dict[str, Any]:
+        """Nothing: the batch of a step is a function of config, tables and step."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
     def heldout(self) -> Iterator[Batch]:
         """Every held-out row once, in batches of `batch_rows`; padding rows at the end have weight zero."""
         B = self._heldout_batch_rows
