@@ -252,3 +252,29 @@ def test_a_file_that_would_be_a_folder_fails():
 def test_empty_text_is_the_base():
     assert read_change("  \n", BASE, POLICY) == (BASE, "")
     assert emit_diff(Diff()) == ""
+
+
+_BAD_PATHS = (
+    "../out.py", "lib/../../out.py", "lib/../run.sh", "./lib/a.py", "lib/./x.py", "lib//x.py", "/etc/x.py", "//etc/x.py", "~/x.py",
+    "lib/.git/config.py", ".bashrc.py", "lib/-x.py", "lib/a\\b.py", "lib/x.so", "lib/x.pth", "lib/x", "other.py", "run.sh", "eval.sh",
+    "locked/evaluate.py", "lib/locked/x.py", "lib/secret.py", "task.toml", "data/train.bin", "lib/x\u202e.py", "lib/x .py",
+)  # fmt: skip
+_FORMS = {
+    "new file": "diff --git a/{0} b/{0}\nnew file mode 100644\n--- /dev/null\n+++ b/{0}\n@@ -0,0 +1 @@\n+x\n",
+    "edit": "--- a/{0}\n+++ b/{0}\n@@ -1 +1 @@\n-x\n+y\n",
+    "deletion": "diff --git a/{0} b/{0}\ndeleted file mode 100644\n--- a/{0}\n+++ /dev/null\n@@ -1 +0,0 @@\n-x\n",
+    "rename to": "diff --git a/lib/a.py b/{0}\nsimilarity index 100%\nrename from lib/a.py\nrename to {0}\n",
+    "copy from": "diff --git a/{0} b/lib/c.py\nsimilarity index 100%\ncopy from {0}\ncopy to lib/c.py\n",
+    "link": "diff --git a/{0} b/{0}\nnew file mode 120000\n--- /dev/null\n+++ b/{0}\n@@ -0,0 +1 @@\n+/etc/passwd\n\\ No newline at end of file\n",
+    "hidden in a good diff": "--- a/lib/a.py\n+++ b/lib/a.py\n@@ -1 +1 @@\n-one\n+x\n--- a/{0}\n+++ b/{0}\n@@ -1 +1 @@\n-x\n+y\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", list(_FORMS))
+def test_no_form_of_header_reaches_a_path_that_is_not_allowed(form, tmp_path, monkeypatch):
+    """26 paths in each of 7 forms: 182 hostile diffs, all refused or failed, and no file appears anywhere near."""
+    monkeypatch.chdir(tmp_path)
+    for path in _BAD_PATHS:
+        assert check_reader(_FORMS[form].format(path)) != "applied", path
+    assert not list(tmp_path.parent.glob("out.py"))
+    assert not list(tmp_path.iterdir())

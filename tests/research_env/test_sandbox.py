@@ -4,7 +4,10 @@ Each one must end with the status that names its fault, within its limit, and le
 """
 
 import hashlib
+import json
 import os
+import runpy
+import socket
 import sys
 from pathlib import Path
 
@@ -13,7 +16,10 @@ import pytest
 from research_env.records import Limits, Status
 from research_env.sandbox import cgroup
 from research_env.sandbox.ladder import measure_kill_s, probe, start_job
+from research_env.sandbox.run import scratch_root
 
+ATTACKS_FILE = Path(__file__).with_name("attacks.py")
+ATTACKS = runpy.run_path(str(ATTACKS_FILE))["ATTACKS"]
 LIMITS = Limits(wall_s=2, memory_bytes=96 << 20, pids=24, disk_bytes=8 << 20, output_bytes=200_000)
 LEVELS = {level: probe(level) for level in ("bwrap", "unshare")}
 
@@ -79,30 +85,6 @@ CASES = {
     # escape: nothing outlives the job
     "daemon": ("import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0: time.sleep(99)", Status.OK),
     "daemon that ignores all": ("import os, signal, time\nif os.fork() == 0:\n  os.setsid()\n  signal.signal(15, signal.SIG_IGN)\n  os.closerange(0, 99)\n  time.sleep(99)", Status.OK),
-    "link to the host": ("import os; os.symlink('/etc/shadow', 'link'); open('link').read()", Status.RUN_CRASH),
-    "walks up": ("open('/ws/../../../../etc/shadow').read()", Status.RUN_CRASH),
-    "walks through proc": ("open('/proc/1/root/etc/shadow').read()", Status.RUN_CRASH),
-    "hard link to a library": ("import os, sys; os.link(sys.executable, 'python')", Status.RUN_CRASH),
-    "writes to the interpreter": ("import sys; open(sys.prefix + '/x', 'w')", Status.RUN_CRASH),
-    "writes to the system": ("open('/usr/bin/x', 'w')", Status.RUN_CRASH),
-    "makes a device": ("import os, stat; os.mknod('d', 0o600 | stat.S_IFBLK, os.makedev(254, 0))", Status.RUN_CRASH),
-    "changes root": ("import os; os.chroot('/tmp')", Status.RUN_CRASH),
-    "becomes another user": ("import os; os.setgid(0); os.setuid(0); assert os.getuid() != 0", None),
-    "setuid program": ("import os; os.chmod('/ws', 0o4777); import subprocess; raise SystemExit(subprocess.call(['/usr/bin/su', '-c', 'id']) or 0)", Status.RUN_CRASH),
-    "raises its limits": ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (10**6, 10**6))", Status.RUN_CRASH),
-    "raises priority": ("import os; os.nice(-10)", Status.RUN_CRASH),
-    # network
-    "name lookup": ("import socket; socket.getaddrinfo('example.org', 80)", Status.RUN_CRASH),
-    "raw socket": ("import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)", Status.RUN_CRASH),
-    "packet socket": ("import socket; socket.socket(17, socket.SOCK_RAW, 0)", Status.RUN_CRASH),
-    "datagram out": ("import socket; socket.socket(2, 2).sendto(b'x', ('1.1.1.1', 53))", Status.RUN_CRASH),
-    "version six": ("import socket; socket.create_connection(('2606:4700::1111', 80), 1)", Status.RUN_CRASH),
-    # secrets
-    "environment": ("import os; assert not [k for k in os.environ if 'KEY' in k or 'TOKEN' in k or 'CANARY' in k]", Status.OK),
-    "home folder": ("import os, sys; assert not [d for d in os.listdir(os.environ['HOME']) if not sys.executable.startswith('/tmp/' + d)]", Status.OK),
-    "parent's environment": ("import os\nfor p in os.listdir('/proc'):\n  if p.isdigit():\n    try: assert b'CANARY' not in open(f'/proc/{p}/environ', 'rb').read()\n    except PermissionError: pass", Status.OK),
-    "other processes": ("import os; assert len([p for p in os.listdir('/proc') if p.isdigit()]) < 5", Status.OK),
-    "other jobs' folders": ("import os; assert not [d for d in os.listdir('/tmp') if 'autodidact' in d]", Status.OK),
     # log injection
     "terminal codes": ("print('\\x1b[2J\\x1b]0;owned\\x07'); raise SystemExit(1)", Status.RUN_CRASH),
     "forged status": ("print('status: ok metric: 0.0'); raise SystemExit(1)", Status.RUN_CRASH),
@@ -110,7 +92,13 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(CASES))
+# One of each kind by default; all of them, at both levels, take minutes.
+SAMPLE = ("fork bomb", "memory hog", "disk hog", "output flood", "daemon that ignores all", "forged status")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_every_program_gets_one_status_and_leaves_nothing(name, level, tmp_path, monkeypatch):
     monkeypatch.setenv("CANARY_API_KEY", "secret")
     code, expected = CASES[name]
@@ -131,3 +119,54 @@ def test_every_program_gets_one_status_and_leaves_nothing(name, level, tmp_path,
 
 def test_a_tree_of_fifty_processes_is_gone_within_200_ms(level):
     assert min(measure_kill_s(level) for _ in range(3)) < 0.2
+
+
+def test_no_attack_succeeds(level, tmp_path, monkeypatch):
+    """All of attacks.py in one jail; the host looks at what it put out."""
+    monkeypatch.setenv("CANARY_API_KEY", "secret")
+    tmp_path.chmod(0o755)
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o777)
+    outside.chmod(0o777)
+    (outside / "secret.txt").write_text("the secret")
+    before = manifest(tmp_path)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
+        udp.bind(("127.0.0.1", 0))
+        abstract.bind(f"\0autodidact-test-{os.getpid()}")
+        abstract.listen()
+        orders = {
+            "secret": str(outside / "secret.txt"),
+            "source": str(ATTACKS_FILE.resolve()),
+            "ledger": str(outside / "ledger.sqlite"),
+            "job": str(scratch_root()),
+            "outside": str(outside),
+            "python": sys.executable,
+            "library": os.__file__,
+            "host_pid": os.getpid(),
+            "pid_namespace": os.readlink("/proc/self/ns/pid"),
+            "marker": "pytest",
+            "tcp_port": tcp.getsockname()[1],
+            "udp_port": udp.getsockname()[1],
+            "abstract": f"autodidact-test-{os.getpid()}",
+        }
+        code = ATTACKS_FILE.read_text()
+        argv = [sys.executable, "-I", "-c", code, json.dumps(orders)]
+        limits = Limits(wall_s=120, memory_bytes=256 << 20, pids=24, disk_bytes=8 << 20)
+        job, scratch = start_job(level, argv, cgroup.find_hierarchies(), limits)
+        try:
+            outcome = job.wait()
+        finally:
+            scratch.remove()
+        udp.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            udp.recv(10)
+    assert outcome.status is Status.OK, outcome
+    lines = [line for line in outcome.output_tail.splitlines() if line.startswith("REPORT ")]
+    found, num_run = lines[-1].removeprefix("REPORT ").rsplit(" ", 1)
+    assert json.loads(found) == {}
+    assert int(num_run) == len(ATTACKS) >= 100
+    assert manifest(tmp_path) == before
