@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,8 +43,8 @@ class MappedTensor:
         return self.data[start:stop].astype(np.float32)
 
 
-def open_tensors(path: Path) -> dict[str, MappedTensor]:
-    """All tensors of one file, nothing of them read.
+def open_tensors(path: Path, *, leave_out: Collection[str] = ()) -> dict[str, MappedTensor]:
+    """All tensors of one file but `leave_out` (buffers of integers that some models keep), nothing of them read.
 
     Raises:
       ConfigError: the file is not there, is no safetensors file, is cut short, or holds tensors that are no floats.
@@ -58,7 +58,7 @@ def open_tensors(path: Path) -> dict[str, MappedTensor]:
         raise ConfigError(f"a tensor file must be readable, got {path}: {error.strerror or error}") from error
     tensors = {}
     for name, entry in header.items():
-        if name != "__metadata__":
+        if name != "__metadata__" and name not in leave_out:
             tensors[name] = MappedTensor(_view(name, entry, buffer, start, path))
     return tensors
 

@@ -78,6 +78,21 @@ class DuplicateFinder:
         return sketch
 
 
+def sketches_of(texts: Sequence[str], *, shingle_words: int = 13, num_permutations: int = 128) -> np.ndarray:
+    """[len(texts), num_permutations]: the share of equal numbers in two rows estimates the Jaccard similarity.
+
+    A text without words is similar to no other.
+    """
+    blank = MinHash(num_perm=num_permutations, seed=1)
+    sketches = np.empty((len(texts), num_permutations), np.uint64)
+    for i, text in enumerate(texts):
+        sketch = blank.copy()
+        shingles = shingles_of(text, shingle_words)
+        sketch.update_batch([shingle.encode() for shingle in shingles])
+        sketches[i] = sketch.hashvalues if shingles else i + 2**40  # above all hashes, and no other's
+    return sketches
+
+
 def near_duplicate_rate(
     texts: Sequence[str], *, jaccard_at_least: float = 0.5, shingle_words: int = 13
 ) -> float:

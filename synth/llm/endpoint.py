@@ -8,7 +8,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -214,6 +214,23 @@ class EndpointLLM:
             ) from error
         end = len(prompt) + len(continuation)
         return float(sum(value for offset, value in pairs if len(prompt) <= offset < end))
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """A vector for each text, by the embeddings route.
+
+        Raises:
+          As `generate`; LostCall also when the reply holds other than one vector a text.
+        """
+        body = {"model": self._config.model, "input": list(texts), "encoding_format": "float"}
+        data = await self._post("/embeddings", body, key="")
+        try:
+            found = sorted(data["data"], key=lambda item: item["index"])
+            vectors = [[float(x) for x in item["embedding"]] for item in found]
+        except (KeyError, TypeError, ValueError) as error:
+            raise LostCall(f"the reply holds no embeddings: {str(data)[:80]}") from error
+        if len(vectors) != len(texts) or len({len(v) for v in vectors}) != 1:
+            raise LostCall(f"the reply must hold {len(texts)} vectors of one width, got {len(vectors)}")
+        return vectors
 
     async def close(self) -> None:
         """Close the connections."""

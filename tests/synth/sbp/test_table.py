@@ -1,0 +1,81 @@
+"""The table: published fractions come back, intervals are Student's, settings are chosen on validation alone."""
+
+import math
+
+import pytest
+
+from pretrain.config import ConfigError, to_json
+from synth.sbp.table import Outcome, best_of, compare, comparison_lines, estimate, fraction_of_oracle, picture
+from synth.sbp.trials import ORACLE_ARM, REPETITION, Trial, Trials
+
+
+@pytest.mark.parametrize(("sbp", "oracle", "wanted"), [(2.32, 5.54, 0.4188), (1.32, 2.26, 0.5841)])
+def test_the_fraction_of_the_oracles_gain_is_the_published_one(sbp, oracle, wanted):
+    """Gains in accuracy over repetition, as losses: minus the accuracy."""
+    found = fraction_of_oracle([0.0], [-sbp], [-oracle])
+    assert found is not None
+    assert found.mean == pytest.approx(wanted, abs=5e-5)
+
+
+def test_the_fraction_is_undefined_unless_the_oracles_gain_excludes_zero():
+    assert fraction_of_oracle([1.0, 1.0, 1.0], [0.9, 0.9, 0.9], [0.5, 1.4, 0.9]) is None
+    assert fraction_of_oracle([1.0], [0.9], [1.1]) is None
+    assert fraction_of_oracle([1.0, 1.0], [0.9, 0.9], [0.5, 0.5]) is not None
+
+
+def test_intervals_are_students():
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.half_width == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
+    assert not found.excludes_zero
+    assert estimate([5.0]).half_width == math.inf
+
+
+def outcome(seed, arm, validation, test, share=0.0, decay=0.1):
+    trial = Trial(arm=arm, num_steps=10, weight_decay=decay, share=share)
+    nats = {"validation": validation, "test": test}
+    run = {"nats_per_token": nats, "curve": [[5, {"test": test + 1}], [10, nats]]}
+    return Outcome(seed=seed, trial=to_json(trial), run=run)
+
+
+OUTCOMES = [
+    *(outcome(s, REPETITION, 2.0, 2.0 + s / 100, decay=0.1) for s in range(3)),
+    *(outcome(s, REPETITION, 1.9, 2.5 + s / 100, decay=1.0) for s in range(3)),
+    *(outcome(s, "random_pair", 1.8, 2.3 + s / 50, share=0.25) for s in range(3)),
+    *(outcome(s, "sbp", 1.7 - s / 100, 2.2 + s / 60, share=0.5) for s in range(3)),
+    *(outcome(s, "sbp", 1.75, 2.1, share=0.25) for s in range(3)),
+    *(outcome(s, ORACLE_ARM, 1.0, 1.0 + s / 90) for s in range(3)),
+]
+
+
+def test_the_setting_is_chosen_on_validation_and_reported_on_test():
+    best = best_of(OUTCOMES, REPETITION)
+    assert [o.trial["weight_decay"] for o in best] == [1.0] * 3
+    assert [o.test for o in best] == [2.5, 2.51, 2.52]  # not the lower test loss of the other decay
+
+
+def test_the_page_says_what_was_measured():
+    found = compare(OUTCOMES)
+    assert found.differences["repetition - sbp"].mean == pytest.approx(0.01 + 0.3 - 1 / 60, abs=1e-9)
+    assert found.differences["random_pair - sbp"].values[0] == pytest.approx(0.1)
+    fraction = found.fraction["sbp"]
+    assert fraction is not None
+    assert fraction.values[0] == pytest.approx(0.3 / 1.5)
+    lines = comparison_lines(found, {"best possible": 0.9})
+    for word in ("repetition", "random_pair", "sbp", "oracle", "best possible", "share 0.5", "decay 1"):
+        assert any(word in line for line in lines), word
+    assert picture(OUTCOMES, {"best possible": 0.9}, 100, "three seeds").startswith(b"\x89PNG")
+
+
+def test_trials_name_every_setting_once():
+    trials = Trials(num_steps=100, fewer_steps=(0.25, 0.5), weight_decays=(0.1, 1.0), shares=(0.25, 0.5))
+    found = trials.all()
+    assert len({t.name for t in found}) == len(found) == 3 * 2 + 3 * 2 + 1
+    assert {t.num_steps for t in found if t.arm == REPETITION} == {25, 50, 100}
+    assert {t.num_steps for t in found if t.arm != REPETITION} == {100}
+
+
+def test_trials_refuse_what_they_cannot_be():
+    with pytest.raises(ConfigError) as error:
+        Trials(num_steps=0, fewer_steps=(1.5,), shares=(), synthetic_arms=("rephrase",))
+    assert len(error.value.faults) == 4
