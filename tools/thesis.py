@@ -10,11 +10,9 @@ joined by the files in their run folders, never by imports of what they computed
 """
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -31,7 +29,11 @@ from research_env.dashboards.page import read_arms
 from research_env.ledger import Ledger, ledger_path
 
 ROOT = Path(__file__).parents[1]
-_PR_SET_PDEATHSIG = 1
+# SIGTERM to the stage when this process ends, however it ends; stages save and leave on SIGTERM. The setting
+# (prctl PR_SET_PDEATHSIG, Linux) survives exec, so a line of Python in front of the command is enough.
+_LAUNCH = """import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,11 +204,10 @@ def run_stage(stage: Stage, workdir: Path, say: Callable[[str], None] = print) -
     with (
         open(workdir / f"{stage.key}.log", "ab") as log,
         subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, *(("-c", _LAUNCH) if sys.platform == "linux" else ("-m",)), *command],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         ) as process,
     ):
         assert process.stdout is not None
@@ -225,11 +226,6 @@ def run_stage(stage: Stage, workdir: Path, say: Callable[[str], None] = print) -
         },
     )
     return process.returncode
-
-
-def _die_with_parent() -> None:
-    """In the child: SIGTERM when this process ends, however it ends. Stages save and leave on SIGTERM."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 # --- the page ------------------------------------------------------------------------------------------

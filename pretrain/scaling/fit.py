@@ -200,7 +200,7 @@ def fit(law: Law | str, cells: Columns, config: FitConfig = FitConfig()) -> Fit:
     samples = []
     for _ in range(config.num_bootstrap):
         noise = rng.choice(pool, len(cells)) * rng.choice([-1.0, 1.0], len(cells))
-        redrawn = cells.with_loss(fitted * (1.0 + noise))
+        redrawn = cells.with_loss(fitted * np.exp(noise))  # stays positive when few cells leave much noise
         start = np.log(values[: len(law.exponents)])
         samples.append(estimate(law, redrawn, [start], config.huber_sigmas, rounds=1))
     table = np.array(samples)

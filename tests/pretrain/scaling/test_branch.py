@@ -53,7 +53,7 @@ def test_a_trunk_that_is_not_there_is_refused(trunk, tmp_path):
 
 def test_a_trunk_after_its_branch_should_have_decayed_is_refused(trunk, tmp_path):
     with pytest.raises(ConfigError, match="must have had the rates of its trunk"):
-        train(config(tmp_path, 8), name="t", trunk=trunk)
+        train(config(tmp_path, 7), name="t", trunk=trunk)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from pretrain.config import ConfigError
 from pretrain.scaling.cells import Columns
-from pretrain.scaling.fit import FitConfig, fit, misfit, noise_sigma, optimal_params, optimal_share
+from pretrain.scaling.fit import (
+    FitConfig,
+    fit,
+    left_out_error,
+    misfit,
+    noise_sigma,
+    optimal_params,
+    optimal_share,
+)
 from pretrain.scaling.laws import LAWS, effective_tokens
 
 # Near the constants of Besiroglu et al. (arXiv 2404.10102).
@@ -102,6 +110,9 @@ def test_the_wrong_repetition_law_leaves_larger_residuals():
     cells = planted(design, "penalty", P=1e-3)
     few = FitConfig(num_bootstrap=20)
     assert fit("penalty", cells, few).sigma < 0.1 * fit("effective_data", cells, few).sigma
+    most = cells.tokens / cells.unique > 20
+    errors = {law: left_out_error(law, cells, most) for law in ("penalty", "effective_data", "chinchilla")}
+    assert errors["penalty"] < 0.1 * min(errors["effective_data"], errors["chinchilla"])
 
 
 def test_fewer_cells_than_parameters_are_refused():

@@ -7,8 +7,10 @@ import pytest
 
 from pretrain import config as config_lib
 from pretrain.config import ConfigError, load_config
-from pretrain.scaling.cells import HELD_OUT, LADDER
-from pretrain.scaling.plan import Arm, LadderConfig, Shape, plan_cells
+from pretrain.scaling.cells import HELD_OUT, LADDER, REPEAT
+from pretrain.scaling.plan import Arm, LadderConfig, RepeatConfig, Shape, plan_cells
+from pretrain.scaling.slices import SliceConfig
+from pretrain.tokenizer import BpeConfig
 
 SMOKE = load_config(Path(__file__).parents[3] / "configs/scaling/smoke.py")
 VOCABULARY = 260
@@ -74,6 +76,35 @@ def test_arms_have_a_partner_in_the_ladder():
     for cell in arm:
         assert (cell.params, cell.tokens, cell.train.run.seed) in base
         assert cell.train.optim.weight_decay == 0.5
+
+
+def sliced():
+    (source,) = SMOKE.train.data.sources
+    sources = (
+        SliceConfig(name="train", source=source, high=0.9),
+        SliceConfig(name="heldout", source=source, low=0.9, heldout_percent=100.0),
+    )
+    data = dataclasses.replace(SMOKE.train.data, sources=sources, heldout_percent=0.0)
+    repeat = RepeatConfig(shape=Shape(width=8, num_layers=1), num_steps=40, fractions=(1.0, 0.25))
+    ladder = dataclasses.replace(SMOKE.ladder, repeat=repeat, held_out_flops=None)
+    return dataclasses.replace(SMOKE, train=dataclasses.replace(SMOKE.train, data=data), ladder=ladder)
+
+
+def test_a_repetition_curve_reads_less_of_the_same_text_and_is_scored_on_all_of_the_rest():
+    cells = [c for c in plan_cells(sliced(), VOCABULARY) if c.role == REPEAT]
+    assert [c.train.data.sources[0].high for c in cells] == [0.9, 0.225]
+    assert {c.train.data.sources[1] for c in cells} == {sliced().train.data.sources[1]}
+    assert {(c.train.run.num_steps, c.train.model.width) for c in cells} == {(40, 8)}
+    assert len({c.name for c in cells}) == 2
+
+
+def test_a_repetition_curve_needs_slices_and_a_tokenizer_that_stays():
+    repeat = sliced().ladder
+    with pytest.raises(ConfigError, match="needs a SliceConfig"):
+        dataclasses.replace(SMOKE, ladder=repeat)
+    trained = dataclasses.replace(sliced().train.data, tokenizer=BpeConfig(vocab_size=300))
+    with pytest.raises(ConfigError, match="not trained on the documents it limits"):
+        dataclasses.replace(sliced(), train=dataclasses.replace(SMOKE.train, data=trained))
 
 
 def test_the_held_out_run_is_larger_than_all_others():
