@@ -12,18 +12,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pretrain import compat
 from pretrain.config import ConfigError
-from pretrain.kernels.attention import reference, tpu, worklist
-from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks, tpu_blocks
+from pretrain.kernels.attention import hopper, reference, tpu, worklist
+from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks, hopper_blocks, tpu_blocks
 from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, allowed_BTS, make_plan
 
 logger = logging.getLogger(__name__)
 
 # In the order in which `auto` asks them; tpu_interpret and reference are taken only by name.
-AUTO_ORDER = ("pallas_tpu", "cudnn", "xla")
-IMPLEMENTATIONS = ("pallas_tpu", "tpu_interpret", "cudnn", "xla", "reference")
+AUTO_ORDER = ("pallas_tpu", "pallas_hopper", "cudnn", "xla")
+IMPLEMENTATIONS = ("pallas_tpu", "tpu_interpret", "pallas_hopper", "cudnn", "xla", "reference")
+
+# Kernels that compile and have never run on their chip: served by name, not the silent default. A back end leaves
+# this list with the measured run that shows it right.
+NEVER_RUN = ("pallas_hopper",)
 
 KERNEL_WIDTHS = (64, 128, 256)
+GPUS = ("cuda", "gpu")
+# Parts of what CUDA calls the chips of compute capability 9.0.
+HOPPER_CHIPS = ("H100", "H200", "GH200")
 # Up to this many query rows of one key-value head are one tile against a cache.
 DECODE_ROWS = 512
 
@@ -60,9 +68,13 @@ class Problem:
         return self.offset != "none" and self.group * self.num_queries <= DECODE_ROWS < self.num_keys
 
 
+class Declined(ConfigError, NotImplementedError):
+    """An implementation asked for by name cannot serve the problem; every reason, and what to take instead."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The implementation taken, and for the others that were asked, every reason why not."""
+    """The implementation taken, and for the others that `auto` asked, every reason why not."""
 
     impl: str
     declined: dict[str, list[str]]
@@ -75,16 +87,20 @@ class Choice:
 def choose(problem: Problem, impl: str = "auto", config: TpuBlocks | HopperBlocks | None = None) -> Choice:
     """Which implementation serves `problem`. An explicit choice never falls back.
 
-    Raises NotImplementedError with every reason when `impl` cannot do it.
+    Raises Declined (a NotImplementedError) with every reason when `impl` cannot do it.
     """
     if impl != "auto":
         reasons = _reasons(impl, problem, config)
         if reasons:
-            raise NotImplementedError(f"attention impl={impl!r} cannot do this: {'; '.join(reasons)}")
+            raise Declined(
+                f"attention impl={impl!r} cannot do this: {'; '.join(reasons)}; take impl='xla', or auto"
+            )
         return Choice(impl, {})
     declined = {}
     for name in AUTO_ORDER:
         reasons = _reasons(name, problem, config)
+        if name in NEVER_RUN and problem.platform in GPUS:
+            reasons.append(f"its kernels compile and were never run, ask for impl={name!r} by name")
         if not reasons:
             return Choice(name, declined)
         declined[name] = reasons
@@ -108,9 +124,25 @@ def _reasons(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None) -> 
                 if p.width not in KERNEL_WIDTHS:
                     reasons.append(f"needs head width 64, 128 or 256, got {p.width}")
             if not reasons:
-                reasons += _block_reasons(p, _tpu_config(p, impl, config), minimum=128 if impl == "pallas_tpu" else 8)
+                reasons += _block_reasons(
+                    p, _tpu_config(p, impl, config), minimum=128 if impl == "pallas_tpu" else 8
+                )
+        case "pallas_hopper":
+            reasons += compat.mosaic_gpu_reasons()
+            if not p.spec.causal:
+                reasons.append("its blocks follow the diagonal, got causal=False")
+            if p.platform not in GPUS or not any(chip in p.device_kind for chip in HOPPER_CHIPS):
+                reasons.append(
+                    f"needs a Hopper GPU ({', '.join(HOPPER_CHIPS)}), got {p.platform} {p.device_kind}"
+                )
+            if p.dtype not in ("bfloat16", "float16"):
+                reasons.append(f"needs bfloat16 or float16, got {p.dtype}")
+            if p.width not in KERNEL_WIDTHS:
+                reasons.append(f"needs head width 64, 128 or 256, got {p.width}")
+            if not reasons:
+                reasons += _hopper_reasons(p, _hopper_config(p, config))
         case "cudnn":
-            if p.platform not in ("cuda", "gpu"):
+            if p.platform not in GPUS:
                 reasons.append(f"needs CUDA, got {p.platform}")
             if p.dtype not in ("bfloat16", "float16"):
                 reasons.append(f"needs bfloat16 or float16, got {p.dtype}")
@@ -143,7 +175,9 @@ def _block_reasons(p: Problem, blocks: TpuBlocks, minimum: int) -> list[str]:
             *(("keys", p.num_keys, block_k) for _, _, block_k in blocks.tiles),
         ]:
             if length % size or size < minimum:
-                reasons.append(f"with an offset {name} must come in multiples of {max(size, minimum)}, got {length}")
+                reasons.append(
+                    f"with an offset {name} must come in multiples of {max(size, minimum)}, got {length}"
+                )
     if p.offset == "rows":
         reasons.append("offsets of rows are for decoding, a few queries against a longer cache")
     offset = 0 if p.offset == "none" else jnp.zeros((), jnp.int32)
@@ -157,11 +191,34 @@ def _block_reasons(p: Problem, blocks: TpuBlocks, minimum: int) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
+def _hopper_reasons(p: Problem, blocks: HopperBlocks) -> list[str]:
+    reasons = []
+    if p.offset == "rows":
+        reasons.append("offsets of rows are for decoding, which it does not serve")
+    size_q, size_k = blocks.multiple_of
+    if p.offset != "none" and (p.num_queries % size_q or p.num_keys % size_k):
+        reasons.append(f"with an offset queries and keys must come in multiples of {size_q} and {size_k}, got "
+                       f"{p.num_queries} and {p.num_keys}")  # fmt: skip
+    return reasons
+
+
+def _hopper_config(p: Problem, config: TpuBlocks | HopperBlocks | None) -> HopperBlocks:
+    if config is None:
+        return hopper_blocks(p.width, p.packed)
+    if not isinstance(config, HopperBlocks):
+        raise ConfigError(
+            f"impl='pallas_hopper' takes HopperBlocks, got {type(config).__name__}; give none for the table's"
+        )
+    return config
+
+
 def _tpu_config(p: Problem, impl: str, config: TpuBlocks | HopperBlocks | None) -> TpuBlocks:
     """The tiles to use: those given, or the table's, shortened to the row (and to a divisor under an offset)."""
     if config is not None:
         if not isinstance(config, TpuBlocks):
-            raise ConfigError(f"impl={impl!r} takes TpuBlocks, got {type(config).__name__}")
+            raise ConfigError(
+                f"impl={impl!r} takes TpuBlocks, got {type(config).__name__}; give none for the table's"
+            )
         return config
     blocks = tpu_blocks(p.device_kind, p.width, p.group, p.packed)
     blocks = blocks.limited_to(max(p.num_queries, 8 if impl == "tpu_interpret" else 128))
@@ -169,7 +226,9 @@ def _tpu_config(p: Problem, impl: str, config: TpuBlocks | HopperBlocks | None) 
         # The greatest power of two that divides the length.
         limits = {"q": p.num_queries & -p.num_queries, "k": p.num_keys & -p.num_keys}
         fields = {f.name: getattr(blocks, f.name) for f in dataclasses.fields(blocks)}
-        fields = {name: max(8, min(size, limits["q" if "_q" in name else "k"])) for name, size in fields.items()}
+        fields = {
+            name: max(8, min(size, limits["q" if "_q" in name else "k"])) for name, size in fields.items()
+        }
         blocks = TpuBlocks(**fields)
     return blocks
 
@@ -212,17 +271,20 @@ def attention(
     sinks_N: one logit a head that joins the softmax's denominator and carries no value; differentiable.
     q_offset: row of the first query among the keys; needed when T differs from S, and in context parallelism.
       One offset a batch row, [B], serves decoding: the queries of row b see the keys up to q_offset[b] + t.
-    impl: auto, pallas_tpu, tpu_interpret (the TPU kernels interpreted anywhere), cudnn, xla, reference.
+    impl: auto, pallas_tpu, tpu_interpret (the TPU kernels interpreted anywhere), pallas_hopper, cudnn, xla, reference.
     config: tiles, instead of the table's. interpret: another interpreter for tpu_interpret (pltpu.InterpretParams).
     return_lse: also the natural log-sum-exp of the scores, float32, differentiable.
 
     Runs on local arrays: on a mesh call it inside shard_map, with keys gathered over the context axis.
-    Raises ConfigError on bad input before anything is traced, NotImplementedError when an implementation asked for by
-    name cannot do this.
+    Raises ConfigError on bad input before anything is traced, Declined when an implementation asked for by name cannot
+    do this.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, plan, segment_ids, spec, sinks_N, q_offset, impl)
     batch, num_queries = q_BTNH.shape[:2]
-    problem = _problem(q_BTNH, k_BSKH, spec, plan, segment_ids, sinks_N, q_offset, return_lse)
+    problem = problem_of(
+        q_BTNH, k_BSKH, spec, packed=plan is not None or segment_ids is not None, sinks=sinks_N is not None,
+        q_offset=q_offset, return_lse=return_lse,
+    )  # fmt: skip
     choice = choose(problem, impl, config)
     logger.debug("%s", choice)
     if plan is None:
@@ -246,28 +308,40 @@ def attention(
             blocks = _tpu_config(problem, choice.impl, config)
             run = functools.partial(_on_tpu, spec, blocks, problem, interpret)
             o_BTNH, lse_BNT = run(q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset)
+        case "pallas_hopper":
+            blocks = _hopper_config(problem, config)
+            o_BTNH, lse_BNT = _on_hopper(spec, blocks, q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset)
         case "cudnn":
             window = None if spec.window is None else (spec.window - 1, 0)
             o_BTNH, lse_BNT = _by_cudnn(q_BTNH, k_BSKH, v_BSKH, spec, window), None
         case "reference":
             mask_BTS = allowed_BTS(plan, offset, k_BSKH.shape[1])
             dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-            o_BTNH, lse_BNT = reference.definition(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N, spec, dtype=dtype)
+            o_BTNH, lse_BNT = reference.definition(
+                q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N, spec, dtype=dtype
+            )
             o_BTNH = o_BTNH.astype(q_BTNH.dtype)
         case "xla":
-            o_BTNH, lse_BNT = reference.xla_attention(q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, spec, q_offset=offset)
+            o_BTNH, lse_BNT = reference.xla_attention(
+                q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, spec, q_offset=offset
+            )
     return (o_BTNH, lse_BNT) if return_lse else o_BTNH
 
 
 def prepare_plan(
-    plan: PackPlan, q_BTNH: jax.ShapeDtypeStruct, k_BSKH: jax.ShapeDtypeStruct, *, spec: AttentionSpec,
-    impl: str = "auto", config: TpuBlocks | HopperBlocks | None = None,
+    plan: PackPlan,
+    q_BTNH: jax.ShapeDtypeStruct,
+    k_BSKH: jax.ShapeDtypeStruct,
+    *,
+    spec: AttentionSpec,
+    impl: str = "auto",
+    config: TpuBlocks | HopperBlocks | None = None,
 ) -> PackPlan:
     """The plan with the work lists that `attention` will want, so that layers share them: once a batch.
 
     Only the shapes and dtypes of q and k are read. Without it each call makes its own lists.
     """
-    problem = _problem(q_BTNH, k_BSKH, spec, plan, None, None, None, False)
+    problem = problem_of(q_BTNH, k_BSKH, spec, packed=True)
     choice = choose(problem, impl, config)
     if choice.impl not in ("pallas_tpu", "tpu_interpret"):
         return plan
@@ -276,7 +350,17 @@ def prepare_plan(
     return dataclasses.replace(plan, work=_work(padded, blocks, 0))
 
 
-def _problem(q, k, spec, plan, segment_ids, sinks, q_offset, return_lse) -> Problem:
+def problem_of(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k: jax.Array | jax.ShapeDtypeStruct,
+    spec: AttentionSpec,
+    *,
+    packed: bool,
+    sinks: bool = False,
+    q_offset: int | Array | None = None,
+    return_lse: bool = False,
+) -> Problem:
+    """What dispatch looks at when `attention` is called with arrays of these shapes on the current target."""
     platform, device_kind = target()
     if q_offset is None:
         offset = "none"
@@ -295,8 +379,8 @@ def _problem(q, k, spec, plan, segment_ids, sinks, q_offset, return_lse) -> Prob
         kv_heads=k.shape[2],
         width=q.shape[3],
         spec=spec,
-        packed=plan is not None or segment_ids is not None,
-        sinks=sinks is not None,
+        packed=packed,
+        sinks=sinks,
         offset=offset,
         return_lse=return_lse,
     )
@@ -322,7 +406,9 @@ def _work(plan: PackPlan, blocks: TpuBlocks, offset: int | Array) -> tuple[workl
     for tile in blocks.tiles:
         if tile not in lists:
             side, block_q, block_k = tile
-            lists[tile] = worklist.work_list(plan, side=side, block_q=block_q, block_k=block_k, q_offset=offset)
+            lists[tile] = worklist.work_list(
+                plan, side=side, block_q=block_q, block_k=block_k, q_offset=offset
+            )
     return tuple(lists[tile] for tile in blocks.tiles)
 
 
@@ -368,11 +454,41 @@ def _on_tpu(spec, blocks, problem, interpret, q_BTNH, k_BSKH, v_BSKH, plan, sink
             work = _work(local, blocks, offset)
         outputs.append(
             tpu.tpu_attention(
-                q_BTNH[part], k_BSKH[part], v_BSKH[part], local, work, sinks_N, spec, blocks, q_offset=offset,
+                q_BTNH[part],
+                k_BSKH[part],
+                v_BSKH[part],
+                local,
+                work,
+                sinks_N,
+                spec,
+                blocks,
+                q_offset=offset,
                 interpret=interpret,
             )  # fmt: skip
         )
-    o_BTNH, lse_BNT = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=0) for x in zip(*outputs, strict=True))
+    o_BTNH, lse_BNT = (
+        x[0] if len(x) == 1 else jnp.concatenate(x, axis=0) for x in zip(*outputs, strict=True)
+    )
+    return o_BTNH[:, :num_queries], lse_BNT[:, :, :num_queries]
+
+
+def _on_hopper(spec, blocks: HopperBlocks, q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset):
+    """The Hopper kernels with rows padded to two blocks, one for each computing warpgroup."""
+    num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    size_q, size_k = blocks.multiple_of
+    padded_q, padded_k = (-(-n // size) * size for n, size in ((num_queries, size_q), (num_keys, size_k)))
+    if num_queries == num_keys:
+        padded_q = padded_k = max(padded_q, padded_k)
+    if (padded_q, padded_k) != (num_queries, num_keys):
+
+        def widen(x, length):
+            return jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
+
+        q_BTNH, k_BSKH, v_BSKH = widen(q_BTNH, padded_q), widen(k_BSKH, padded_k), widen(v_BSKH, padded_k)
+        plan = _pad_plan(plan, padded_q, padded_k)
+    o_BTNH, lse_BNT = hopper.hopper_attention(
+        q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, spec, blocks, q_offset=offset
+    )
     return o_BTNH[:, :num_queries], lse_BNT[:, :, :num_queries]
 
 
@@ -405,10 +521,16 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl) -> None:
     if k.shape != v.shape:
         faults.append(f"k and v must have one shape, got {k.shape} and {v.shape}; pad the narrower")
     if q.shape[0] != k.shape[0]:
-        faults.append(f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}; broadcast one of them")
+        faults.append(
+            f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}; broadcast one of them"
+        )
+    if q.shape[3] < 1:
+        faults.append(f"head width must be >= 1, got {q.shape[3]}; our kernels take {KERNEL_WIDTHS}, XLA any")
     if q.shape[3] != k.shape[3]:
-        faults.append(f"q and k must have one head width, got {q.shape[3]} and {k.shape[3]}; project to one width")
-    if q.shape[2] % k.shape[2]:
+        faults.append(
+            f"q and k must have one head width, got {q.shape[3]} and {k.shape[3]}; project to one width"
+        )
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
         faults.append(
             f"query heads must be a multiple of key-value heads, got {q.shape[2]} and {k.shape[2]}; "
             f"use a divisor of {q.shape[2]} for the key-value heads"
@@ -419,7 +541,9 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl) -> None:
     if not q.dtype == k.dtype == v.dtype:
         faults.append(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
     if sinks is not None and sinks.shape != (q.shape[2],):
-        faults.append(f"sinks must have one logit a query head, [{q.shape[2]}], got {sinks.shape}; reshape them")
+        faults.append(
+            f"sinks must have one logit a query head, [{q.shape[2]}], got {sinks.shape}; reshape them"
+        )
     if plan is not None and segment_ids is not None:
         faults.append("give a plan or segment ids, not both; drop segment_ids")
     if plan is not None:
@@ -439,10 +563,12 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl) -> None:
             "it is the row of the first query among the keys"
         )
     if q_offset is not None and jnp.ndim(q_offset) == 1 and not spec.causal:
-        faults.append("one offset a row is for causal attention, got causal=False; use one offset for the batch")
+        faults.append(
+            "one offset a row is for causal attention, got causal=False; use one offset for the batch"
+        )
     if isinstance(q_offset, int) and not 0 <= q_offset <= k.shape[1] - q.shape[1]:
         faults.append(
             f"q_offset must lie in [0, {k.shape[1] - q.shape[1]}], got {q_offset}; every query needs its own key"
         )
     if faults:
-        raise ConfigError("; ".join(faults))
+        raise ConfigError(*faults)

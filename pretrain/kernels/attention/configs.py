@@ -5,6 +5,7 @@ was never timed.
 """
 
 import dataclasses
+import math
 
 from pretrain.config import ConfigError
 
@@ -25,7 +26,9 @@ class TpuBlocks:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value < 8 or value & (value - 1):
-                raise ConfigError(f"{field.name} must be a power of two from 8 on, got {value}; use 128 to 2048")
+                raise ConfigError(
+                    f"{field.name} must be a power of two from 8 on, got {value}; use 128 to 2048"
+                )
 
     @property
     def tiles(self) -> tuple[tuple[str, int, int], ...]:
@@ -44,7 +47,10 @@ class TpuBlocks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HopperBlocks:
-    """Tiles of the Hopper kernels. `block_q` rows belong to one warpgroup of two; stages buffer what streams by."""
+    """Tiles of the Hopper kernels. The rows of an outer block belong to one warpgroup of two; stages buffer the rest.
+
+    At head width 256 both warpgroups share one block of keys in dk/dv, see hopper.py.
+    """
 
     block_q: int
     block_k: int
@@ -54,6 +60,27 @@ class HopperBlocks:
     block_q_dkv: int
     block_k_dkv: int
     stages_bwd: int
+
+    def __post_init__(self) -> None:
+        faults = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            rows = 64 if field.name in ("block_q", "block_q_dq", "block_k_dkv") else 32
+            if field.name.startswith("block") and (value < rows or value % rows):
+                faults.append(f"{field.name} must be a multiple of {rows}, got {value}; use 64, 128 or 256")
+            if field.name.startswith("stages") and value < 2:
+                faults.append(
+                    f"{field.name} must be at least 2, got {value}; one tile is filled while one is used"
+                )
+        if faults:
+            raise ConfigError(*faults)
+
+    @property
+    def multiple_of(self) -> tuple[int, int]:
+        """What the numbers of queries and of keys must be multiples of."""
+        queries = math.lcm(2 * self.block_q, 2 * self.block_q_dq, self.block_q_dkv)
+        keys = math.lcm(self.block_k, self.block_k_dq, 2 * self.block_k_dkv)
+        return queries, keys
 
 
 def _tpu(forward: tuple[int, int], dq: tuple[int, int], dkv: tuple[int, int], slice_k: int) -> TpuBlocks:
@@ -103,4 +130,35 @@ def tpu_blocks(device_kind: str, width: int, group: int, packed: bool) -> TpuBlo
     blocks = TPU_TABLE[chip, 64 if width <= 64 else 128 if width <= 128 else 256][packed]
     shrink = 1 << (group - 1).bit_length()
     queries = ("block_q", "block_q_dq", "block_q_dkv")
-    return dataclasses.replace(blocks, **{name: max(128, getattr(blocks, name) // shrink) for name in queries})
+    return dataclasses.replace(
+        blocks, **{name: max(128, getattr(blocks, name) // shrink) for name in queries}
+    )
+
+
+def _hopper(
+    forward: tuple[int, int, int], dq: tuple[int, int], dkv: tuple[int, int], stages_bwd: int
+) -> HopperBlocks:
+    return HopperBlocks(
+        block_q=forward[0],
+        block_k=forward[1],
+        stages=forward[2],
+        block_q_dq=dq[0],
+        block_k_dq=dq[1],
+        block_q_dkv=dkv[0],
+        block_k_dkv=dkv[1],
+        stages_bwd=stages_bwd,
+    )
+
+
+# {H: {packed: blocks}}. Never timed: no H100 was at hand. These compile without spills (the slow tests show it);
+# packed rows take short key blocks for the same reason as above.
+HOPPER_TABLE: dict[int, dict[bool, HopperBlocks]] = {
+    64: {False: _hopper((64, 128, 3), (64, 64), (64, 64), 2), True: _hopper((64, 128, 3), (64, 64), (64, 64), 2)},
+    128: {False: _hopper((64, 128, 2), (64, 64), (64, 64), 2), True: _hopper((64, 128, 2), (64, 64), (64, 64), 2)},
+    256: {False: _hopper((64, 64, 2), (64, 32), (64, 64), 2), True: _hopper((64, 64, 2), (64, 32), (64, 64), 2)},
+}  # fmt: skip
+
+
+def hopper_blocks(width: int, packed: bool) -> HopperBlocks:
+    """The row of the table for head width 64, 128 or 256."""
+    return HOPPER_TABLE[width][packed]

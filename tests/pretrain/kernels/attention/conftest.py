@@ -27,7 +27,12 @@ def attention_in_float64(q, k, v, mask, *, scale, softcap=None, sinks=None, do=N
     out = {"o": np.zeros(q.shape), "lse": np.zeros((q.shape[0], heads, q.shape[1]))}
     if do is not None:
         do, dlse = np.asarray(do, np.float64), np.asarray(dlse, np.float64)
-        out |= {"dq": np.zeros(q.shape), "dk": np.zeros(k.shape), "dv": np.zeros(v.shape), "dsinks": np.zeros(heads)}
+        out |= {
+            "dq": np.zeros(q.shape),
+            "dk": np.zeros(k.shape),
+            "dv": np.zeros(v.shape),
+            "dsinks": np.zeros(heads),
+        }
     for b in range(q.shape[0]):
         for n in range(heads):
             keys, values = k[b, :, n // group], v[b, :, n // group]

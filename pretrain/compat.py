@@ -1,0 +1,72 @@
+"""The one file that knows jax versions: what moved between 0.10 and 0.12, behind one spelling each."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import Mesh
+
+VERSION = jax.__version_info__
+
+# Before 0.10.2 the warpgroup semantics of Mosaic GPU lower not even a plain matrix product, and out_type is unknown.
+MOSAIC_GPU_SINCE = (0, 10, 2)
+
+
+def mosaic_gpu_reasons() -> list[str]:
+    """Why this jax cannot build Hopper kernels; empty when it can. Not needed once jax >= 0.10.2 is required."""
+    if VERSION < MOSAIC_GPU_SINCE:
+        return [f"needs jax >= {'.'.join(map(str, MOSAIC_GPU_SINCE))} for Mosaic GPU, got {jax.__version__}"]
+    return []
+
+
+def mgpu_kernel(
+    body: Callable[..., None],
+    *,
+    out_type: Any,
+    scratch_types: Mapping[str, Any],
+    grid: Mapping[str, int],
+    num_threads: int,
+    thread_name: str,
+    name: str,
+    warpgroup_semantics: bool,
+) -> Callable[..., Any]:
+    """A Mosaic GPU kernel; `grid` maps axis names to sizes, the first varies fastest.
+
+    The default of the lowering semantics changed in 0.11, so it is always said. Not needed once that has settled.
+    """
+    semantics = plgpu.LoweringSemantics.Warpgroup if warpgroup_semantics else plgpu.LoweringSemantics.Lane
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=dict(scratch_types),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=num_threads,
+        thread_name=thread_name,
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=semantics),
+    )
+
+
+def tpu_mesh(topology: str) -> Mesh:
+    """One device of a TPU topology such as "v5e:2x2" that is not here, to compile for; needs libtpu."""
+    return _one_device(topologies.get_topology_desc(topology_name=topology, platform="tpu"))
+
+
+def gpu_mesh(target_config: str) -> Mesh:
+    """One GPU that is not here, to compile for; needs jax's CUDA plugin and ptxas.
+
+    `target_config` is XLA's description of the chip, a text protocol buffer.
+    """
+    return _one_device(
+        topologies.get_topology_desc(
+            topology_name="target", platform="cuda", topology="1x1x1", target_config=target_config
+        )
+    )
+
+
+def _one_device(topology: topologies.TopologyDescription) -> Mesh:
+    return Mesh(np.array(topology.devices[:1]), ("device",))

@@ -1,0 +1,199 @@
+"""Dispatch says what it took and why not the others; bad input is refused before anything is traced."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pretrain.config import ConfigError
+from pretrain.kernels.attention import api
+from pretrain.kernels.attention.api import Problem, attention, choose, prepare_plan
+from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks
+from pretrain.kernels.attention.plan import AttentionSpec, make_plan
+
+CAUSAL = AttentionSpec()
+ON_TPU = Problem(
+    platform="tpu", device_kind="TPU v5e", dtype="bfloat16", batch=2, num_queries=2048, num_keys=2048, heads=8,
+    kv_heads=2, width=128, spec=CAUSAL, packed=True,
+)  # fmt: skip
+ON_H100 = dataclasses.replace(ON_TPU, platform="cuda", device_kind="NVIDIA H100 80GB HBM3")
+ON_CPU = dataclasses.replace(ON_TPU, platform="cpu", device_kind="cpu", dtype="float32")
+SMALL = TpuBlocks(block_q=8, block_k=8, block_q_dq=8, block_k_dq=8, block_q_dkv=8, block_k_dkv=8, slice_k=8)
+
+
+@pytest.mark.parametrize(
+    ("problem", "taken"),
+    [
+        (ON_TPU, "pallas_tpu"),
+        (dataclasses.replace(ON_TPU, width=80), "xla"),
+        (dataclasses.replace(ON_TPU, spec=AttentionSpec(causal=False)), "xla"),
+        (dataclasses.replace(ON_H100, packed=False), "cudnn"),
+        (dataclasses.replace(ON_H100, packed=False, dtype="float32"), "xla"),
+        (ON_H100, "xla"),
+        (ON_CPU, "xla"),
+    ],
+)
+def test_auto_takes(problem, taken):
+    choice = choose(problem)
+    assert choice.impl == taken
+    # Whatever stands before the one taken was asked and has its reasons.
+    assert list(choice.declined) == list(api.AUTO_ORDER[: api.AUTO_ORDER.index(taken)])
+    assert all(reasons for reasons in choice.declined.values())
+
+
+def test_the_choice_names_every_reason():
+    text = str(choose(dataclasses.replace(ON_CPU, width=80)))
+    assert text.startswith(
+        "attention by xla (not pallas_tpu: needs a TPU, got cpu, needs head width 64, 128 or 256, got 80"
+    )
+    assert "not cudnn: needs CUDA, got cpu" in text
+
+
+@pytest.mark.parametrize("impl", ["pallas_tpu", "pallas_hopper", "cudnn"])
+def test_an_explicit_choice_never_falls_back(impl):
+    with pytest.raises(
+        NotImplementedError, match=f"impl='{impl}' cannot do this: needs .*; take impl='xla'"
+    ) as caught:
+        choose(ON_CPU, impl)
+    assert isinstance(caught.value, ConfigError)
+
+
+def test_the_same_call_gives_the_same_with_every_implementation_of_this_machine():
+    q = jax.random.normal(jax.random.key(0), (1, 24, 2, 8))
+    k = jax.random.normal(jax.random.key(1), (1, 24, 1, 8))
+    segments = np.array([[1] * 10 + [2] * 14])
+    out = {
+        impl: attention(
+            q, k, k, segment_ids=segments, impl=impl, config=SMALL if impl == "tpu_interpret" else None
+        )
+        for impl in ("tpu_interpret", "xla", "reference")
+    }
+    for impl, o in out.items():
+        np.testing.assert_allclose(o, out["reference"], rtol=2e-6, atol=2e-6, err_msg=impl)
+
+
+def test_a_prepared_plan_changes_no_bit():
+    q = jax.random.normal(jax.random.key(0), (2, 32, 2, 8))
+    plan = make_plan(np.array([[1] * 10 + [2] * 22, [1] * 32]), CAUSAL, seq_len=32)
+    prepared = prepare_plan(plan, q, q, spec=CAUSAL, impl="tpu_interpret", config=SMALL)
+    assert len(prepared.work) == 3
+    out = [attention(q, q, q, plan=p, impl="tpu_interpret", config=SMALL) for p in (plan, prepared)]
+    np.testing.assert_array_equal(*out)
+
+
+def array(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+Q, K = array(2, 16, 4, 8), array(2, 16, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields", "message"),
+    [
+        ((array(16, 4, 8), K, K), {}, r"q, k, v must be \[B, T, N, H\].*got \(16, 4, 8\).*split the heads"),
+        ((Q, K, array(2, 16, 2, 4)), {}, "k and v must have one shape, got .*; pad the narrower"),
+        ((Q, array(1, 16, 2, 8), array(1, 16, 2, 8)), {}, "the same batch, got 2 and 1; broadcast"),
+        ((Q, array(2, 16, 2, 4), array(2, 16, 2, 4)), {}, "one head width, got 8 and 4; project to one width"),
+        ((Q, array(2, 16, 3, 8), array(2, 16, 3, 8)), {}, "multiple of key-value heads, got 4 and 3; use a divisor of 4"),
+        ((array(2, 16, 4, 8, dtype="int32"), K, K), {}, "q must be bfloat16, float16 or float32, got int32; cast it"),
+        ((Q, array(2, 16, 2, 8, dtype="bfloat16"), K), {}, "one dtype, got float32, bfloat16, float32; cast them to one"),
+        ((array(2, 16, 4, 0), array(2, 16, 2, 0), array(2, 16, 2, 0)), {}, "head width must be >= 1, got 0"),
+        ((Q, K, K), {"impl": "flash"}, "impl must be auto or one of .*, got 'flash'"),
+        ((Q, K, K), {"sinks_N": array(2)}, r"one logit a query head, \[4\], got \(2,\); reshape"),
+        ((Q, array(2, 24, 2, 8), array(2, 24, 2, 8)), {}, "q_offset must be given .* got 16 and 24"),
+        ((Q, K, K), {"q_offset": 3}, r"q_offset must lie in \[0, 0\], got 3; every query needs its own key"),
+        ((Q, K, K), {"segment_ids": np.array([[1, 2, 1] + [1] * 13] * 2)}, r"sorted along a row, got 1 at \[0, 2\] after 2"),
+        ((Q, K, K), {"plan": make_plan(None, CAUSAL, seq_len=8)}, r"must cover the keys \[2, 16\], got \(1, 8\)"),
+        ((Q, K, K), {"plan": make_plan(None, CAUSAL, seq_len=16), "spec": AttentionSpec(window=2)}, "plan and spec must agree"),
+        ((Q, K, K), {"plan": make_plan(None, CAUSAL, seq_len=16), "segment_ids": np.ones((2, 16), int)}, "not both"),
+        ((Q, K, K), {"impl": "tpu_interpret", "config": "wide"}, "takes TpuBlocks, got str"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_tracing(arguments, fields, message):
+    """Only shapes are given: an implementation that was reached would fail on them with another error."""
+    with pytest.raises(ConfigError, match=message):
+        attention(*arguments, **fields)
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        attention(array(2, 16, 4, 8, dtype="int8"), array(2, 16, 3, 4), array(2, 16, 3, 4))
+    assert len(caught.value.faults) >= 4
+
+
+@pytest.mark.parametrize(
+    ("impl", "change", "message"),
+    [
+        ("pallas_tpu", {"width": 80}, "needs head width 64, 128 or 256, got 80"),
+        ("pallas_tpu", {"dtype": "float16"}, "needs float32 or bfloat16, got float16"),
+        ("cudnn", {"platform": "cuda", "width": 256}, "head width a multiple of 8 up to 128, got 256"),
+        ("cudnn", {"platform": "cuda"}, "has no packed rows"),
+    ],
+)
+def test_what_an_implementation_cannot_do_is_a_value_error_too(impl, change, message):
+    with pytest.raises(ValueError, match=message):
+        choose(dataclasses.replace(ON_TPU, **change), impl)
+
+
+@pytest.mark.parametrize("value", [0, 7, 96])
+def test_blocks_are_powers_of_two(value):
+    with pytest.raises(ConfigError, match=f"block_q must be a power of two from 8 on, got {value}"):
+        dataclasses.replace(SMALL, block_q=value)
+
+
+def test_hopper_tiles_fit_the_matrix_unit():
+    with pytest.raises(ConfigError, match="block_q must be a multiple of 64, got 48"):
+        HopperBlocks(
+            block_q=48,
+            block_k=64,
+            stages=2,
+            block_q_dq=64,
+            block_k_dq=64,
+            block_q_dkv=64,
+            block_k_dkv=64,
+            stages_bwd=2,
+        )
+
+
+def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
+    """Kernels are opaque to the partitioner: batch over data, heads over tensor, keys gathered over context."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "context"))
+    rng = np.random.default_rng(0)
+    q, do = (rng.normal(size=(2, 32, 4, 8)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(2, 32, 2, 8)).astype(np.float32) for _ in range(2))
+    segments = np.repeat([[1] * 13 + [2] * 19, [1] * 5 + [2] * 20 + [0] * 7], 1, axis=0).astype(np.int32)
+    part = jax.P("data", "context", "tensor", None)
+
+    def local(q, k, v, segments):
+        plan = make_plan(segments, CAUSAL, seq_len=32)
+        k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
+        offset = jax.lax.axis_index("context") * 16
+        return attention(q, k, v, plan=plan, q_offset=offset, impl="tpu_interpret", config=SMALL)
+
+    @jax.jit
+    def sharded(q, k, v):
+        f = jax.shard_map(
+            lambda q, k, v: local(q, k, v, segments_of_shard(segments)),
+            mesh=mesh,
+            in_specs=(part,) * 3,
+            out_specs=part,
+        )
+        o, transpose = jax.vjp(f, q, k, v)
+        return o, *transpose(do)
+
+    def segments_of_shard(segments):
+        row = jax.lax.axis_index("data")
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(segments), row, 1, axis=0)
+
+    @jax.jit
+    def whole(q, k, v):
+        o, transpose = jax.vjp(lambda *x: attention(*x, segment_ids=segments, impl="reference"), q, k, v)
+        return o, *transpose(do)
+
+    with jax.set_mesh(mesh):
+        got = sharded(q, k, v)
+    for x, r in zip(got, whole(q, k, v), strict=True):
+        np.testing.assert_allclose(x, r, rtol=2e-5, atol=2e-5)

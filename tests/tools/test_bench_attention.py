@@ -1,0 +1,111 @@
+"""The benchmark refuses to time what is wrong, counts what is useful, and writes the table that it measured."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pretrain.config import ConfigError
+from pretrain.kernels.attention import configs
+from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks
+from tools import bench_attention as bench
+from tools import tune_attention as tune
+
+SMOKE = bench.SIZES["smoke"]
+XLA = bench.implementation("xla", bench.shapes_of(SMOKE, 32, 64, 1))
+
+
+def test_a_right_implementation_is_admitted_and_a_wrong_one_is_not():
+    right = bench.errors_against_float64(XLA, SMOKE, 32, "packed", seed=1)
+    assert all(error < 1e-5 for error in right.values())
+    off = bench.errors_against_float64(lambda *x: 1.01 * XLA(*x), SMOKE, 32, "packed", seed=1)
+    assert off["o"] == pytest.approx(0.01, rel=0.01)
+    causal_only = bench.errors_against_float64(
+        lambda q, k, v, plan: XLA(q, k, v, None), SMOKE, 32, "packed", seed=1
+    )
+    assert causal_only["o"] > 0.1
+
+
+def test_useful_work_is_the_allowed_pairs():
+    case = bench.Case(direction="fwd", width=32, length=64, packing="causal")
+    assert bench.useful_flops(bench.plan_of(SMOKE, case, 2), case, 3) == 4 * 3 * 32 * 2 * 64 * 65 / 2
+    packed = bench.Case(direction="bwd", width=32, length=64, packing="packed")
+    plan = bench.plan_of(SMOKE, packed, 1)
+    lengths = np.unique(bench.segments(1, 64, SMOKE.median_document, 0), return_counts=True)[1]
+    assert bench.useful_flops(plan, packed, 1) == 10 * 32 * sum(n * (n + 1) / 2 for n in lengths)
+
+
+def test_entrants_take_turns_in_alternating_order():
+    order = []
+    runs = {name: (lambda name=name: order.append(name) or jnp.zeros(()), [()]) for name in "ab"}
+    samples = bench.interleaved(runs, bench.Options(samples=4, warmup=1, min_sample_s=1e-9))
+    assert {name: len(s) for name, s in samples.items()} == {"a": 4, "b": 4}
+    assert order[-8:] == list("abbaabba")
+
+
+def test_the_smoke_run_leaves_table_and_pictures(tmp_path, capsys):
+    argv = ["size=smoke", f"out={tmp_path}", "samples=2", "warmup=1", "min_sample_s=0.001", "input_sets=1"]
+    assert bench.main(argv) == 0
+    report = json.loads((tmp_path / "attention.json").read_text())
+    assert {row["impl"] for row in report["table"]} == {"tpu_interpret", "xla"}
+    assert {(row["direction"], row["packing"]) for row in report["table"]} == {
+        (d, p) for d in ("fwd", "bwd") for p in ("causal", "packed")
+    }
+    assert {row["impl"]: row["absent"] for row in report["checks"] if "absent" in row}.keys() >= {"cudnn"}
+    assert all(row["tflops"] > 0 for row in report["table"])
+    assert (tmp_path / "attention_fwd.png").read_bytes().startswith(b"\x89PNG")
+    assert "tpu_interpret" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("main", [bench.main, tune.main])
+def test_bad_options_are_refused(main, capsys):
+    assert main(["size=giant"]) == 2
+    assert "error: size must be one of h100, tpu, smoke, got 'giant'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["128", '("v5e", 128)'])
+def test_a_row_of_the_table_is_rewritten_and_nothing_else(key):
+    text = tune.TABLE.read_text()
+    if key == "128":
+        blocks = HopperBlocks(block_q=128, block_k=64, stages=3, block_q_dq=64, block_k_dq=32, block_q_dkv=32,
+                              block_k_dkv=64, stages_bwd=2)  # fmt: skip
+    else:
+        blocks = TpuBlocks(block_q=256, block_k=2048, block_q_dq=128, block_k_dq=64, block_q_dkv=32, block_k_dkv=16,
+                           slice_k=8)  # fmt: skip
+    old = configs.HOPPER_TABLE[128] if key == "128" else configs.TPU_TABLE["v5e", 128]
+    new = tune.rewritten(text, key, {False: blocks, True: old[True]})
+    changed = [(a, b) for a, b in zip(text.splitlines(), new.splitlines(), strict=True) if a != b]
+    assert len(changed) == 1
+    scope = {}
+    exec(compile(new, "configs.py", "exec"), scope)
+    row = scope["HOPPER_TABLE"][128] if key == "128" else scope["TPU_TABLE"]["v5e", 128]
+    assert row[False].__class__.__name__ == type(blocks).__name__
+    assert str(row[False]) == str(blocks)
+    assert str(row[True]) == str(old[True])
+
+
+def test_every_row_of_the_table_is_found():
+    """The sweep could not write a row whose text it does not recognize."""
+    text = tune.TABLE.read_text()
+    for width, rows in configs.HOPPER_TABLE.items():
+        assert tune.rewritten(text, f"{width}", rows) == text
+    for (chip, width), rows in configs.TPU_TABLE.items():
+        assert tune.rewritten(text, f'("{chip}", {width})', rows) == text
+    with pytest.raises(ConfigError, match="one row 96, found 0"):
+        tune.rewritten(text, "96", configs.HOPPER_TABLE[128])
+
+
+def test_forward_and_backward_blocks_are_chosen_apart():
+    one, two = list(tune.tpu_candidates((8, 16), (8,)))[::3][:2]
+    both = tune.joined(one, two)
+    assert (both.block_q, both.block_k, both.slice_k) == (one.block_q, one.block_k, one.slice_k)
+    assert both.tiles[1:] == two.tiles[1:]
+
+
+@pytest.mark.parametrize("impl", ["pallas_hopper", "pallas_tpu"])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_a_sweep_is_bounded_and_holds_no_candidate_twice(impl, width):
+    found = tune.candidates(impl, width)
+    assert 4 <= len(found) <= 24
+    assert len(set(found)) == len(found)

@@ -1,0 +1,509 @@
+"""Our attention beside cuDNN, tokamax and XLA on this machine: correctness first, then one table, JSON and pictures.
+
+    python tools/bench_attention.py out=attention_h100              under 8 minutes on one H100
+    python tools/bench_attention.py size=smoke out=attention_cpu    seconds on a CPU: the harness, not the chip
+
+Every implementation is first held to a float64 reference on fresh random inputs, in memory that held NaN before;
+one that is wrong is not timed. Then, for every case, the implementations take turns; a sample is the time of as
+many calls in a row as fill `min_sample_s`, over several sets of inputs larger than the cache. Reported are the median
+and quartiles, useful TFLOP/s (allowed pairs), visited TFLOP/s (blocks entered) and the share of a matrix-product
+peak that is measured in the same run, before and after; more than 3 % between the two marks the run as throttled.
+
+Times are of the host's clock around calls that queue up, not of a profiler. For packed rows cuDNN and tokamax compute
+plain causal attention: their mask is wrong there and the row says what it costs.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pretrain import plots
+from pretrain.config import ConfigError, apply_overrides
+from pretrain.kernels.attention import reference
+from pretrain.kernels.attention.api import IMPLEMENTATIONS, attention, choose, problem_of
+from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, allowed_BTS, make_plan, visited_blocks
+from pretrain.rundir import write_atomic, write_json_atomic
+
+DIRECTIONS = ("fwd", "bwd")
+# TFLOP/s to ship at and to aim at on an H100: {(direction, width, length, packing): (ship, aim)}.
+TARGETS = {
+    ("fwd", 128, 4096, "causal"): (480, 570),
+    ("fwd", 128, 16384, "causal"): (540, 640),
+    ("bwd", 128, 4096, "causal"): (380, 480),
+    ("bwd", 128, 16384, "causal"): (430, 540),
+    ("bwd", 64, 4096, "causal"): (270, 380),
+    ("bwd", 256, 4096, "causal"): (200, 350),
+}
+# Relative norm of the error that bfloat16 inputs and probabilities allow.
+TOLERANCE = {
+    "bfloat16": {"o": 5e-3, "dq": 1e-2, "dk": 1e-2, "dv": 1e-2},
+    "float32": dict.fromkeys(("o", "dq", "dk", "dv"), 5e-5),
+}
+OURS = ("pallas_hopper", "pallas_tpu", "tpu_interpret")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is measured: rows of `lengths` that together have `tokens`, and `columns` = heads · width."""
+
+    tokens: int
+    columns: int
+    widths: tuple[int, ...]
+    lengths: tuple[int, ...]
+    heads_per_kv_head: int
+    dtype: str
+    median_document: int
+    implementations: tuple[str, ...]
+    dense_limit: int  # XLA materializes its scores: longer rows are not tried
+    check_length: int
+
+
+SIZES = {
+    # In order of interest: what does not fit in the time is left out from the end.
+    "h100": Size(
+        tokens=16384, columns=2048, widths=(128, 64, 256), lengths=(4096, 16384, 8192), heads_per_kv_head=1,
+        dtype="bfloat16", median_document=400, implementations=("pallas_hopper", "cudnn", "tokamax", "xla"),
+        dense_limit=4096, check_length=1024,
+    ),
+    "tpu": Size(
+        tokens=16384, columns=2048, widths=(128, 64, 256), lengths=(4096, 16384, 8192), heads_per_kv_head=1,
+        dtype="bfloat16", median_document=400, implementations=("pallas_tpu", "tokamax", "xla"), dense_limit=4096,
+        check_length=1024,
+    ),
+    "smoke": Size(
+        tokens=256, columns=64, widths=(32,), lengths=(128,), heads_per_kv_head=2, dtype="float32", median_document=20,
+        implementations=("tpu_interpret", "cudnn", "tokamax", "xla"), dense_limit=128, check_length=64,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line may say, `key=value`."""
+
+    out: str = "attention_bench"  # folder of the JSON and the pictures
+    size: str = "h100"
+    samples: int = 20
+    warmup: int = 5
+    min_sample_s: float = 0.02
+    input_sets: int = 3
+    max_seconds: float = 430.0
+
+    def __post_init__(self):
+        faults = [] if self.size in SIZES else [f"size must be one of {', '.join(SIZES)}, got {self.size!r}"]
+        faults += [
+            f"{name} must be positive, got {getattr(self, name)}"
+            for name in ("samples", "warmup", "min_sample_s", "input_sets", "max_seconds")
+            if not getattr(self, name) > 0
+        ]
+        if faults:
+            raise ConfigError(*faults)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    direction: str
+    width: int
+    length: int
+    packing: str  # "causal": one document a row; "packed": log-normal documents
+
+
+# --- implementations: each is f(q, k, v, plan) -> o, or a reason why not ------------------------------
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array, PackPlan | None], jax.Array]
+
+
+def implementation(name: str, shapes: Sequence[jax.ShapeDtypeStruct], config: Any = None) -> Attention | str:
+    """The function that `name` stands for, or why this machine cannot run it."""
+    spec = AttentionSpec()
+    if name == "tokamax":
+        if importlib.util.find_spec("tokamax") is None:
+            return "not installed"
+        tokamax = importlib.import_module("tokamax")
+        return lambda q, k, v, plan: tokamax.dot_product_attention(q, k, v, is_causal=True)
+    if name not in IMPLEMENTATIONS:
+        return "unknown"
+    q, k = shapes[:2]
+    try:
+        choose(problem_of(q, k, spec, packed=name in OURS), name, config)
+    except NotImplementedError as error:
+        return str(error)
+    if name in (*OURS, "xla"):
+        return lambda q, k, v, plan: attention(q, k, v, plan=plan, spec=spec, impl=name, config=config)
+    return lambda q, k, v, plan: attention(q, k, v, spec=spec, impl=name)
+
+
+def forward_and_backward(f: Attention) -> dict[str, Callable[..., Any]]:
+    """{"fwd": (q, k, v, plan) -> o, "saved": the same -> what the backward needs, "bwd": (saved, do) -> gradients}."""
+
+    def saved(q, k, v, plan):
+        return jax.vjp(lambda q, k, v: f(q, k, v, plan), q, k, v)
+
+    return {
+        "fwd": jax.jit(f),
+        "saved": jax.jit(saved),
+        "bwd": jax.jit(lambda transpose, do: transpose(do)),
+    }
+
+
+# --- inputs ------------------------------------------------------------------------------------------
+
+
+def shapes_of(size: Size, width: int, length: int, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    heads = size.columns // width
+    q = jax.ShapeDtypeStruct((rows, length, heads, width), jnp.dtype(size.dtype))
+    k = jax.ShapeDtypeStruct((rows, length, heads // size.heads_per_kv_head, width), q.dtype)
+    return q, k, k, q
+
+
+def draw(shapes: Sequence[jax.ShapeDtypeStruct], seed: int) -> tuple[jax.Array, ...]:
+    """Standard normal: kinder data lets the chip run at a higher clock."""
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return tuple(jax.random.normal(key, s.shape, s.dtype) for key, s in zip(keys, shapes, strict=True))
+
+
+def segments(rows: int, length: int, median: int, seed: int) -> np.ndarray:
+    """Log-normal documents laid end to end and cut at the rows' ends."""
+    rng = np.random.default_rng(seed)
+    out = np.zeros((rows, length), np.int32)
+    for row in out:
+        start = 0
+        for i in itertools.count(1):
+            stop = start + max(1, int(np.exp(rng.normal(np.log(median), 1.0))))
+            row[start:stop] = i
+            start = stop
+            if start >= length:
+                break
+    return out
+
+
+def plan_of(size: Size, case: Case, rows: int, seed: int = 0) -> PackPlan:
+    if case.packing == "causal":
+        return make_plan(None, AttentionSpec(), seq_len=case.length, batch=rows)
+    ids = segments(rows, case.length, size.median_document, seed)
+    return make_plan(ids, AttentionSpec(), seq_len=case.length)
+
+
+def useful_flops(plan: PackPlan, case: Case, heads: int) -> float:
+    """Of the allowed pairs: two products forward, five backward."""
+    k_lo = np.asarray(plan.k_lo_BT)
+    pairs = float((np.arange(case.length) - k_lo + 1).sum())
+    return (4 if case.direction == "fwd" else 10) * heads * case.width * pairs
+
+
+# --- correctness -------------------------------------------------------------------------------------
+
+
+def poison(like: Any) -> None:
+    """Leave NaN in the memory that results of these shapes will be given: what is not written shows."""
+    arrays = [jnp.full(x.shape, jnp.nan, x.dtype) for x in jax.tree.leaves(like) for _ in range(2)]
+    jax.block_until_ready(arrays)
+    for x in arrays:
+        x.delete()
+
+
+def errors_against_float64(f: Attention, size: Size, width: int, packing: str, seed: int) -> dict[str, float]:
+    """Relative norms of what is wrong with outputs and gradients; NaN where something was not computed."""
+    case = Case(direction="fwd", width=width, length=size.check_length, packing=packing)
+    small = dataclasses.replace(size, columns=4 * width, heads_per_kv_head=2)
+    shapes = shapes_of(small, width, size.check_length, rows=1)
+    q, k, v, do = draw(shapes, seed)
+    plan = plan_of(small, case, rows=1, seed=seed)
+    functions = forward_and_backward(f)
+    poison(shapes)
+    o, transpose = functions["saved"](q, k, v, plan)
+    poison(shapes)
+    got = {"o": o} | dict(zip(("dq", "dk", "dv"), functions["bwd"](transpose, do), strict=True))
+    with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
+
+        def exact(x):
+            return jnp.asarray(np.asarray(x, np.float64))
+
+        ranges = PackPlan(*(jnp.asarray(np.asarray(x)) for x in (plan.k_lo_BT, plan.q_hi_BS)))
+        mask = allowed_BTS(ranges, 0, size.check_length)
+
+        def define(q, k, v):
+            return reference.definition(q, k, v, mask, None, AttentionSpec(), dtype=jnp.float64)[0]
+
+        o, transpose = jax.vjp(define, exact(q), exact(k), exact(v))
+        wanted = {"o": o} | dict(zip(("dq", "dk", "dv"), transpose(exact(do)), strict=True))
+        wanted = {name: np.asarray(x) for name, x in wanted.items()}
+    return {
+        name: float(
+            np.linalg.norm(np.asarray(got[name], np.float64) - wanted[name]) / np.linalg.norm(wanted[name])
+        )
+        for name in wanted
+    }
+
+
+# --- timing ------------------------------------------------------------------------------------------
+
+
+def seconds_a_call(run: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], calls: int) -> float:
+    """The mean over `calls` that queue up behind one another, inputs in rotation."""
+    start = time.perf_counter()
+    for arguments in itertools.islice(itertools.cycle(inputs), calls):
+        out = run(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
+
+
+def interleaved(
+    runs: Mapping[str, tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]], options: Options
+) -> dict[str, list[float]]:
+    """Samples of seconds a call for each entrant, taken in turn."""
+    calls = {}
+    for name, (run, inputs) in runs.items():
+        seconds_a_call(run, inputs, options.warmup)
+        calls[name] = max(1, round(options.min_sample_s / seconds_a_call(run, inputs, 2)))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(options.samples):
+        for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
+            samples[name].append(seconds_a_call(*runs[name], calls[name]))
+    return samples
+
+
+def matmul_peak(size: Size, options: Options) -> float:
+    """TFLOP/s of a plain product of random normal matrices."""
+    n = 8192 if size.dtype == "bfloat16" else 256
+    a, b = draw([jax.ShapeDtypeStruct((n, n), jnp.dtype(size.dtype))] * 2, 1)
+    multiply = jax.jit(lambda a, b: a @ b)
+    samples = interleaved({"matmul": (multiply, [(a, b), (b, a)])}, options)["matmul"]
+    return 2 * n**3 / statistics.median(samples) / 1e12
+
+
+def copy_bandwidth(size: Size, options: Options) -> float:
+    """GB/s read plus written."""
+    n = (1 << 28) if size.dtype == "bfloat16" else (1 << 20)
+    x = jnp.ones((n,), jnp.bfloat16)
+    samples = interleaved({"copy": (jax.jit(lambda x: -x), [(x,)])}, options)["copy"]
+    return 4 * n / statistics.median(samples) / 1e9
+
+
+# --- the run -----------------------------------------------------------------------------------------
+
+
+def cases_of(size: Size) -> Iterator[Case]:
+    """Every width at the first length before the next length, forward and backward, causal and packed."""
+    for length, width, packing, direction in itertools.product(
+        size.lengths, size.widths, ("causal", "packed"), DIRECTIONS
+    ):
+        yield Case(direction=direction, width=width, length=length, packing=packing)
+
+
+def run_case(
+    size: Size, case: Case, entrants: Mapping[str, Attention], peak: float, options: Options
+) -> list[dict]:
+    """A row of the report for each entrant."""
+    rows = max(1, size.tokens // case.length)
+    heads = size.columns // case.width
+    plan = plan_of(size, case, rows)
+    shapes = shapes_of(size, case.width, case.length, rows)
+    sets = [draw(shapes, seed) for seed in range(options.input_sets)]
+    runs = {}
+    for name, f in entrants.items():
+        functions = forward_and_backward(f)
+        if case.direction == "fwd":
+            runs[name] = functions["fwd"], [(q, k, v, plan) for q, k, v, _ in sets]
+        else:
+            saved = [functions["saved"](q, k, v, plan)[1] for q, k, v, _ in sets]
+            runs[name] = functions["bwd"], [(s, do) for s, (*_, do) in zip(saved, sets, strict=True)]
+    flops = useful_flops(plan, case, heads)
+    blocks = visited_blocks(plan, block_q=128, block_k=128) if case.length % 128 == 0 else None
+    out = []
+    for name, samples in interleaved(runs, options).items():
+        median = statistics.median(samples)
+        quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [median] * 3
+        row = {
+            **dataclasses.asdict(case), "impl": name, "rows": rows, "heads": heads,
+            "kv_heads": heads // size.heads_per_kv_head, "median_ms": 1e3 * median,
+            "quartiles_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]], "samples": len(samples),
+            "tflops": flops / median / 1e12, "share_of_peak": flops / median / 1e12 / peak,
+        }  # fmt: skip
+        if name in OURS and blocks is not None:
+            visited = (
+                float(blocks.sum()) * 128 * 128 * heads * case.width * (4 if case.direction == "fwd" else 10)
+            )
+            row["visited_tflops_at_128"] = visited / median / 1e12
+        if case.packing == "packed" and name in ("cudnn", "tokamax"):
+            row["note"] = "wrong mask, cost only"
+        if name in OURS and (target := TARGETS.get((case.direction, case.width, case.length, case.packing))):
+            row["ship"], row["aim"] = target
+        out.append(row)
+    of_cudnn = next((r["median_ms"] for r in out if r["impl"] == "cudnn"), None)
+    for row in out:
+        if of_cudnn is not None:
+            row["speed_over_cudnn"] = of_cudnn / row["median_ms"]
+    return out
+
+
+def admit(size: Size, width: int, seed: int) -> tuple[dict[str, Attention], list[dict]]:
+    """The implementations that are right at this width, and a row on every one: its errors or why it is absent."""
+    admitted, rows = {}, []
+    shapes = shapes_of(size, width, size.lengths[0], rows=1)
+    for name in size.implementations:
+        f = implementation(name, shapes)
+        if isinstance(f, str):
+            rows.append({"impl": name, "width": width, "absent": f})
+            continue
+        # Peers know no packed rows.
+        packings = ("causal", "packed") if name in (*OURS, "xla") else ("causal",)
+        errors = {packing: errors_against_float64(f, size, width, packing, seed) for packing in packings}
+        # `not <=` and not `>`: NaN is wrong.
+        wrong = [
+            f"{packing} {key}"
+            for packing, of in errors.items()
+            for key, error in of.items()
+            if not error <= TOLERANCE[size.dtype][key]
+        ]
+        # JSON has no NaN.
+        shown = {packing: {k: e if e == e else None for k, e in of.items()} for packing, of in errors.items()}
+        rows.append({"impl": name, "width": width, "errors": shown, "wrong": wrong})
+        if not wrong:
+            admitted[name] = f
+    return admitted, rows
+
+
+def plan_ms(size: Size, options: Options) -> float:
+    """What the plan of a batch costs, on ids that are already on the device."""
+    length = max(size.lengths)
+    rows = max(1, size.tokens // length)
+    ids = jnp.asarray(segments(rows, length, size.median_document, 0))
+    make = jax.jit(functools.partial(make_plan, spec=AttentionSpec(), seq_len=length))
+    return 1e3 * statistics.median(interleaved({"plan": (make, [(ids,)])}, options)["plan"])
+
+
+def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """The whole report; what did not fit in the time is listed as left out."""
+    began = time.perf_counter()
+    size = SIZES[options.size]
+    device = jax.devices()[0]
+    peaks = [matmul_peak(size, options)]
+    bandwidth = copy_bandwidth(size, options)
+    log(f"{device.device_kind}: matrix product {peaks[0]:.1f} TFLOP/s, copy {bandwidth:.0f} GB/s")
+    admitted, checks = {}, []
+    for width in size.widths:
+        admitted[width], rows = admit(size, width, seed=time.time_ns() % 2**31)
+        checks += rows
+        for row in rows:
+            log(check_line(row))
+    table, left_out = [], []
+    for case in cases_of(size):
+        if time.perf_counter() - began > options.max_seconds:
+            left_out.append(dataclasses.asdict(case))
+            continue
+        entrants = {
+            n: f for n, f in admitted[case.width].items() if n != "xla" or case.length <= size.dense_limit
+        }
+        rows = run_case(size, case, entrants, peaks[0], options) if entrants else []
+        table += rows
+        for row in rows:
+            log(table_line(row))
+    peaks.append(matmul_peak(size, options))
+    return {
+        "size": {"name": options.size, **dataclasses.asdict(size)},
+        "device": device.device_kind,
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, **_versions()},
+        "matmul_peak_tflops": peaks,
+        "throttled": abs(peaks[1] / peaks[0] - 1) > 0.03,
+        "copy_gb_per_s": bandwidth,
+        "plan_ms": plan_ms(size, options),
+        "checks": checks,
+        "table": table,
+        "left_out": left_out,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("jaxlib", "tokamax", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "libtpu")
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {name: found[name] for name in names if name in found}
+
+
+def check_line(row: Mapping[str, Any]) -> str:
+    head = f"h{row['width']:<4}{row['impl']:14}"
+    if "absent" in row:
+        return f"{head} absent: {row['absent']}"
+    worst = {key: [of[key] for of in row["errors"].values()] for key in ("o", "dq", "dk", "dv")}
+    text = " ".join(f"{key} {'NaN' if None in e else f'{max(e):.1e}'}" for key, e in worst.items())
+    return f"{head} {'WRONG, not timed: ' + ', '.join(row['wrong']) if row['wrong'] else 'right'} ({text})"
+
+
+def table_line(row: Mapping[str, Any]) -> str:
+    low, high = row["quartiles_ms"]
+    line = f"{row['direction']} h{row['width']:<4}{row['length']:>6} {row['packing']:7}{row['impl']:14}"
+    line += f"{row['median_ms']:>9.3f} ms {f'{low:.3f}..{high:.3f}':>17}{row['tflops']:>8.1f} TFLOP/s"
+    line += f"{100 * row['share_of_peak']:>6.1f} %"
+    if "speed_over_cudnn" in row:
+        line += f"{row['speed_over_cudnn']:>7.2f}x cuDNN"
+    if "ship" in row:
+        line += f"  ship {row['ship']} aim {row['aim']}"
+    return line + (f"  {row['note']}" if "note" in row else "")
+
+
+def picture(report: Mapping[str, Any], direction: str) -> bytes:
+    """TFLOP/s over the length, a panel for each width."""
+    colors = dict(zip(report["size"]["implementations"], plots.COLORS, strict=False))
+    panels = []
+    for width in report["size"]["widths"]:
+        curves = []
+        for name in report["size"]["implementations"]:
+            rows = sorted(
+                (r["length"], r["tflops"])
+                for r in report["table"]
+                if (r["impl"], r["width"], r["direction"], r["packing"]) == (name, width, direction, "causal")
+            )
+            if rows:
+                x, y = zip(*rows, strict=True)
+                curves.append(plots.Curve(label=name, x=x, y=y, color=colors[name], markers=True))
+        title = f"{direction}, causal, head width {width}"
+        panels.append(
+            plots.Panel(title=title, x_label="tokens a row", y_label="useful TFLOP/s", curves=curves)
+        )
+    return plots.draw(
+        panels, title="Attention", subtitle=f"{report['device']}, jax {report['versions']['jax']}"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark that `argv` asks for; exit code 2 on bad input."""
+    try:
+        options = apply_overrides(Options(), argv)
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return 2
+    report = run(options)
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / "attention.json", report)
+    for direction in DIRECTIONS:
+        if any(row["direction"] == direction for row in report["table"]):
+            write_atomic(folder / f"attention_{direction}.png", picture(report, direction))
+    if report["throttled"]:
+        print(
+            f"throttled: the peak went from {report['matmul_peak_tflops'][0]:.1f} to {report['matmul_peak_tflops'][1]:.1f}"
+        )
+    print(
+        f"{len(report['table'])} rows in {report['seconds']:.0f} s, {len(report['left_out'])} cases left out; {folder}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

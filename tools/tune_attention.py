@@ -1,0 +1,203 @@
+"""Measures block sizes of our attention kernels on this chip and rewrites the literal table.
+
+    python tools/tune_attention.py                        an H100 or a TPU: sweep, print, rewrite configs.py
+    python tools/tune_attention.py size=smoke table=COPY  the harness on a CPU, into a copy of configs.py
+
+At most `max_configs` candidates a width and packing, the same inputs for all, in turn. A candidate whose gradients
+are wrong, or that does not compile, is dropped with the reason. Forward and backward blocks are chosen apart.
+"""
+
+import dataclasses
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from pretrain.config import ConfigError, apply_overrides
+from pretrain.kernels.attention import configs
+from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks
+from pretrain.rundir import write_atomic
+from tools import bench_attention as bench
+
+TABLE = Path(configs.__file__)
+Blocks = TpuBlocks | HopperBlocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line may say, `key=value`."""
+
+    size: str = "h100"  # of tools/bench_attention.py
+    table: str = str(TABLE)  # the file that is rewritten
+    length: int | None = None  # tokens a row; the first length of the size by default
+    max_configs: int = 24
+    samples: int = 10
+
+    def __post_init__(self):
+        faults = []
+        if self.size not in bench.SIZES:
+            faults.append(f"size must be one of {', '.join(bench.SIZES)}, got {self.size!r}")
+        if not Path(self.table).is_file():
+            faults.append(f"table must be an existing file like configs.py, got {self.table!r}")
+        if not 1 <= self.max_configs <= 24:
+            faults.append(
+                f"max_configs must lie in [1, 24], got {self.max_configs}; each takes seconds to compile"
+            )
+        if faults:
+            raise ConfigError(*faults)
+
+
+# --- candidates --------------------------------------------------------------------------------------
+
+
+def hopper_candidates(width: int) -> Iterator[HopperBlocks]:
+    """Forward tiles with the backward tiles that go with them; what does not fit is refused by the compiler."""
+    forward = {64: [(64, 128, 3), (64, 256, 3), (128, 128, 3), (64, 64, 3)],
+               128: [(64, 128, 2), (64, 128, 3), (64, 64, 3), (128, 128, 2)],
+               256: [(64, 64, 2), (64, 32, 3)]}[width]  # fmt: skip
+    backward = {64: [(64, 64, 64, 64), (64, 128, 64, 64), (64, 128, 128, 64)],
+                128: [(64, 64, 64, 64), (64, 128, 64, 64)],
+                256: [(64, 32, 64, 64), (64, 32, 32, 64)]}[width]  # fmt: skip
+    for (block_q, block_k, stages), (q_dq, k_dq, q_dkv, k_dkv), stages_bwd in itertools.product(
+        forward, backward, (2, 3)
+    ):
+        yield HopperBlocks(
+            block_q=block_q, block_k=block_k, stages=stages, block_q_dq=q_dq, block_k_dq=k_dq, block_q_dkv=q_dkv,
+            block_k_dkv=k_dkv, stages_bwd=stages_bwd,
+        )  # fmt: skip
+
+
+def tpu_candidates(sizes: Sequence[int], slices: Sequence[int]) -> Iterator[TpuBlocks]:
+    """Square and flat tiles, the same for all three kernels: they are chosen apart afterwards."""
+    for block_q, block_k, slice_k in itertools.product(sizes, sizes, slices):
+        if slice_k <= block_k:
+            yield TpuBlocks(
+                block_q=block_q, block_k=block_k, block_q_dq=block_q, block_k_dq=block_k, block_q_dkv=block_q,
+                block_k_dkv=block_k, slice_k=slice_k,
+            )  # fmt: skip
+
+
+def candidates(impl: str, width: int) -> list[Blocks]:
+    """What is tried, in an order that spreads over the kinds when it is cut short."""
+    match impl:
+        case "pallas_hopper":
+            return list(hopper_candidates(width))
+        case "pallas_tpu":
+            return list(tpu_candidates((512, 1024, 256, 2048), (512, 256)))
+        case "tpu_interpret":
+            return list(tpu_candidates((32, 64), (32,)))
+    raise AssertionError(impl)
+
+
+# --- measuring ---------------------------------------------------------------------------------------
+
+
+def measure(
+    impl: str, width: int, packing: str, options: Options, log: Callable[[str], None]
+) -> Blocks | None:
+    """The best blocks of a shape class, None where no candidate is right."""
+    size = bench.SIZES[options.size]
+    length = options.length or size.lengths[0]
+    shapes = bench.shapes_of(size, width, length, rows=max(1, size.tokens // length))
+    timing = bench.Options(size=options.size, samples=options.samples)
+    functions, of_name = {}, {}
+    for blocks in candidates(impl, width)[: options.max_configs]:
+        f = bench.implementation(impl, shapes, blocks)
+        if isinstance(f, str):
+            log(f"{short(blocks)}: {f}")
+            continue
+        try:
+            errors = bench.errors_against_float64(f, size, width, packing, seed=0)
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            log(f"{short(blocks)}: does not compile: {str(error).splitlines()[0][:200]}")
+            continue
+        if any(not error <= bench.TOLERANCE[size.dtype][key] for key, error in errors.items()):
+            log(f"{short(blocks)}: wrong: {errors}")
+            continue
+        functions[short(blocks)], of_name[short(blocks)] = f, blocks
+    if not functions:
+        return None
+    best = {}
+    for direction in bench.DIRECTIONS:
+        case = bench.Case(direction=direction, width=width, length=length, packing=packing)
+        rows = bench.run_case(size, case, functions, 1.0, timing)
+        rows.sort(key=lambda row: row["median_ms"])
+        for row in rows[:5]:
+            log(
+                f"{direction} h{width} {packing} {row['impl']}: {row['median_ms']:.3f} ms, {row['tflops']:.1f} TFLOP/s"
+            )
+        best[direction] = of_name[rows[0]["impl"]]
+    return joined(best["fwd"], best["bwd"])
+
+
+def joined(forward: Blocks, backward: Blocks) -> Blocks:
+    """Forward tiles of one candidate, backward tiles of another."""
+    names = ("block_q", "block_k", "stages", "slice_k")
+    return dataclasses.replace(backward, **{n: getattr(forward, n) for n in names if hasattr(forward, n)})
+
+
+def short(blocks: Blocks) -> str:
+    return "/".join(str(value) for value in dataclasses.astuple(blocks))
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+
+def literal(blocks: Blocks) -> str:
+    """A row as configs.py writes it."""
+    b = blocks
+    if isinstance(b, HopperBlocks):
+        return (f"_hopper(({b.block_q}, {b.block_k}, {b.stages}), ({b.block_q_dq}, {b.block_k_dq}), "
+                f"({b.block_q_dkv}, {b.block_k_dkv}), {b.stages_bwd})")  # fmt: skip
+    return (f"_tpu(({b.block_q}, {b.block_k}), ({b.block_q_dq}, {b.block_k_dq}), "
+            f"({b.block_q_dkv}, {b.block_k_dkv}), {b.slice_k})")  # fmt: skip
+
+
+def rewritten(text: str, key: str, rows: dict[bool, Blocks]) -> str:
+    """The source of configs.py with the row of `key`, such as `128` or `("v5e", 128)`, replaced.
+
+    Raises:
+      ConfigError: there is no such row.
+    """
+    row = f"    {key}: {{False: {literal(rows[False])}, True: {literal(rows[True])}}},"
+    out, count = re.subn(
+        rf"^    {re.escape(key)}: \{{False: .*\}},$", lambda _: row, text, flags=re.MULTILINE
+    )
+    if count != 1:
+        raise ConfigError(f"the table must have one row {key}, found {count}; add it first")
+    return out
+
+
+def main(argv: Sequence[str], log: Callable[[str], None] = print) -> int:
+    """Sweep what this chip runs and rewrite its rows; exit code 2 on bad input."""
+    try:
+        options = apply_overrides(Options(), argv)
+        device, path = jax.devices()[0], Path(options.table)
+        size = bench.SIZES[options.size]
+        impl = next(name for name in size.implementations if name in bench.OURS)
+        chip = configs.TPU_CHIPS.get(device.device_kind, "v5e")
+        for width in size.widths:
+            rows = {}
+            for packing in ("causal", "packed"):
+                blocks = measure(impl, width, packing, options, log)
+                if blocks is None:
+                    raise ConfigError(
+                        f"{impl} must run here at head width {width}, and no candidate does; see above"
+                    )
+                rows[packing == "packed"] = blocks
+            table_width = max(64, width)
+            key = f"{table_width}" if impl == "pallas_hopper" else f'("{chip}", {table_width})'
+            write_atomic(path, rewritten(path.read_text(), key, rows))
+            log(f"{path}: {key}: {rows}")
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
