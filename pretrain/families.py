@@ -366,8 +366,7 @@ def _write(family: Family, model: ModelConfig, vocab_size: int, max_length: int)
         values["rope_scaling"] = _scaling_json(full.rope)
     if "query_pre_attn_scalar" in family.defaults:
         scale = model.head_width**-0.5 if model.attention_scale is None else model.attention_scale
-        scalar = scale**-2
-        values["query_pre_attn_scalar"] = round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar
+        values["query_pre_attn_scalar"] = round(scale**-2)  # a published config holds an integer
         values["attn_logit_softcapping"] = model.attention_softcap
         values["final_logit_softcapping"] = model.final_softcap
     if "sliding_window" in family.defaults or (windowed and family.model_type.startswith("qwen")):
@@ -596,9 +595,15 @@ class _Fetch:
 
     def __call__(self) -> np.ndarray:
         ours, theirs = _DIMS[self.place.parameter]
-        part = self.leaf if self.place.layer is None else self.leaf[self.place.layer]
-        part = part if self.place.part is None else part[:, self.place.part]
+        value = self.leaf if self.place.layer is None else _layer(self.leaf, np.int32(self.place.layer))
+        host = np.asarray(value, np.float32)
+        host = host if self.place.part is None else host[:, self.place.part]
         order = [ours.index(letter) for letter in theirs]
-        return np.ascontiguousarray(
-            np.asarray(part, np.float32).transpose(order).reshape(published_shape(self.place.parameter, self.leaf.shape))
-        )
+        shape = published_shape(self.place.parameter, self.leaf.shape)
+        return np.ascontiguousarray(host.transpose(order)).reshape(shape)
+
+
+@jax.jit
+def _layer(leaf: jax.Array, layer: jax.Array) -> jax.Array:
+    """One layer of a stacked parameter; the index is an argument, so all layers are one program."""
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)

@@ -5,6 +5,7 @@ log-likelihoods of continuations, of whole texts, and greedy or sampled text unt
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,10 @@ from pretrain import config as config_lib
 from pretrain.config import ConfigError, local
 from pretrain.evals.likelihood import Scorer, continuation_scores, passage_scores
 from pretrain.evals.scored_model import ScoredModel, load_scored_model
+from pretrain.evals.tasks import Choice, Item, LastWord, Task, choose_items
 from pretrain.generate import Generator, Request
 from pretrain.pretrained import Pretrained
-from pretrain.rundir import RunDir, write_json_atomic
+from pretrain.rundir import RunDir, write_atomic, write_json_atomic
 from pretrain.sharding import MeshConfig
 from pretrain.tokenizer import Tokenizer
 
@@ -77,13 +79,14 @@ class HarnessModel(LM):
 class LmEvalConfig:
     """Tasks of the harness on a model of ours.
 
-    tasks: names that the harness knows, or below `task_folder`, a folder with YAML files of one's own. The harness
-    fetches data sets from the hub; tasks over local files need none.
+    tasks: names that the harness knows (it fetches their data sets from the hub), and tasks of evals/tasks.py, which
+    are handed to it with their own items and prompts.
     """
 
     model: str | Pretrained
-    tasks: tuple[str, ...]
-    task_folder: str | None = None
+    tasks: tuple[Any, ...]
+    data_root: str = local("")
+    seed: int = 0
     max_items: int | None = None
     num_shots: int | None = None
     bos: bool | None = None
@@ -99,11 +102,11 @@ class LmEvalConfig:
 
     def run(self, *, name: str) -> Mapping[str, Any]:
         """Score the model on the tasks, print the harness' table, write results.json."""
-        manager = TaskManager(include_path=self.task_folder)
+        manager = TaskManager()
         known = set(manager.all_tasks)
-        unknown = [task for task in self.tasks if task not in known]
+        unknown = [task for task in self.tasks if isinstance(task, str) and task not in known]
         if unknown:
-            raise ConfigError(f"tasks must be known to the harness, got {', '.join(unknown)}; see its list, or set task_folder")
+            raise ConfigError(f"tasks must be known to the harness, got {', '.join(unknown)}; see its own list")
         run = RunDir(Path(self.workdir) / name / config_lib.fingerprint(self)[:8])
         run.create()
         with run.lock():
@@ -114,7 +117,7 @@ class LmEvalConfig:
             )  # fmt: skip
             found = lm_eval.simple_evaluate(
                 model=harness_model(model),
-                tasks=list(self.tasks),
+                tasks=[t if isinstance(t, str) else self._handed_over(t, run.root) for t in self.tasks],
                 task_manager=manager,
                 limit=self.max_items,
                 num_fewshot=self.num_shots,
@@ -129,6 +132,43 @@ class LmEvalConfig:
                 if isinstance(value, float):
                     print(f"{task:24} {metric:28} {value:.4f}")
         return results
+
+    def _handed_over(self, task: Task, folder: Path) -> dict[str, Any]:
+        """A task of ours as the harness' own kind of config, its items in a file."""
+        items = choose_items(task.items(self.data_root), self.max_items, self.seed)
+        path = folder / f"{task.name}.jsonl"
+        write_atomic(path, "".join(json.dumps(_document(item)) + "\n" for item in items))
+        return {
+            "task": f"local_{task.name}",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(path.absolute())}},
+            "test_split": "test",
+            "target_delimiter": "",
+            "metadata": {"version": task.version},
+            **_form(items),
+        }
+
+
+def _document(item: Item) -> dict[str, Any]:
+    match item:
+        case Choice() if len(set(item.contexts)) == 1:
+            return {"text": item.contexts[0], "options": item.continuations, "target": item.gold}
+        case Choice():
+            return {"text": item.gold, "options": item.contexts, "target": item.continuations[0]}
+        case LastWord():
+            return {"text": item.context, "target": item.word}
+    raise ConfigError(f"the harness is handed choices and last words, got {type(item).__name__}")
+
+
+def _form(items: Sequence[Item]) -> dict[str, Any]:
+    """How the harness reads such documents. Where contexts differ, its text is the index of the right one."""
+    metrics = [{"metric": "acc"}]
+    form: dict[str, Any] = {"doc_to_text": "text", "doc_to_target": "target", "metric_list": metrics}
+    if isinstance(items[0], LastWord):
+        return {**form, "output_type": "loglikelihood"}
+    if isinstance(items[0], Choice) and len(set(items[0].contexts)) == 1:
+        metrics.append({"metric": "acc_norm"})
+    return {**form, "output_type": "multiple_choice", "doc_to_choice": "options"}
 
 
 def harness_model(model: ScoredModel) -> HarnessModel:

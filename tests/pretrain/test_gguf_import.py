@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -189,13 +190,13 @@ def smollm2():
 def compute(smollm2):
     """Logits of one row, padded to a fixed length."""
     _, model, params = smollm2
-    run = jax.jit(lambda ids, positions: logits(forward(params, model, ids, positions, None), params, model))
+    run = jax.jit(lambda p, ids, positions: logits(forward(p, model, ids, positions, None), p, model))
     positions = np.arange(128, dtype=np.int32)[None]
 
     def of(ids):
         padded = np.zeros((1, 128), np.int32)
         padded[0, : len(ids)] = ids
-        return np.asarray(run(padded, positions))[0, : len(ids)]
+        return np.asarray(run(params, padded, positions))[0, : len(ids)]
 
     return of
 
@@ -232,3 +233,62 @@ def test_smollm2_survives_export(smollm2, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), again.params(model), params)
     assert again.tokenizer().encode(ENGLISH) == source.tokenizer().encode(ENGLISH)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+# --- beside llama.cpp --------------------------------------------------------------------------------
+
+PROBES = (
+    ENGLISH,
+    "def f(x):\n    return {'a': x**2, \"b\": [1, 22, 333]}  # 4444\n\n\n",
+    "  Blanks   and\ttabs, it's don't we'll I'M; caf\u00e9 \u4f60\u597d \U0001f680\n \n",
+)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(smollm2):
+    """Ask llama.cpp's own server, inside this process, about the same file."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as the peer, is not installed")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = smollm2[0].path, 512, 1, False
+    server = xllamacpp.Server(params)
+
+    def ask(path, body):
+        request = urllib.request.Request(
+            f"{server.listening_address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    return ask
+
+
+def test_smollm2_tokenizes_as_llama_cpp(smollm2, llama_cpp):
+    tokenizer = smollm2[0].tokenizer()
+    for text in PROBES:
+        theirs = llama_cpp("tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
+        assert tokenizer.encode(text) == theirs
+        assert tokenizer.decode(theirs) == text
+
+
+def test_smollm2_writes_the_greedy_text_of_llama_cpp(smollm2, llama_cpp, compute):
+    """llama.cpp rounds activations to eight bits, so one of its near ties may fall otherwise."""
+    tokenizer = smollm2[0].tokenizer()
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt)
+        body = {"prompt": ids, "n_predict": 32, "temperature": 0.0, "return_tokens": True, "ignore_eos": True}
+        theirs = llama_cpp("completion", body)["tokens"]
+        assert len(theirs) == 32
+        ours = compute(ids + theirs).argmax(axis=-1)[len(ids) - 1 : -1]
+        # After each of its own beginnings, so that one near tie does not change what follows.
+        assert int((ours == theirs).sum()) >= 30, (prompt, tokenizer.decode(theirs), tokenizer.decode(ours))
+
+
+def test_smollm2_has_the_mean_loss_of_llama_cpp(smollm2, llama_cpp, compute):
+    ids = smollm2[0].tokenizer().encode(ENGLISH)[:64]
+    nll = []
+    for t in range(1, len(ids)):
+        body = {"prompt": ids[:t], "n_predict": 1, "n_probs": 20_000, "temperature": 0.0, "cache_prompt": True}
+        (first, *_) = llama_cpp("completion", body)["completion_probabilities"]
+        nll += [-entry["logprob"] for entry in first["top_logprobs"] if entry["id"] == ids[t]]
+    assert len(nll) == len(ids) - 1, "a target was not among the likeliest 20,000"
+    assert abs(float(np.mean(nll)) - mean_loss(compute(ids), ids)) < 0.01
