@@ -21,7 +21,7 @@ _COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*(?:\([^)]*.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(
-    r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIP_COUNT = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
 _SCALAR = re.compile(r"=\s*[su]32\[\]\S*\s+constant\((\d+)\)")
@@ -175,8 +175,7 @@ def _bytes_sent(kind: str, result_bytes: float, group_size: int) -> float:
 
 
 def _result_bytes(text: str, kind: str, *, asynchronous: bool) -> float:
-    """Bytes of the result on one device. A start's type is (operands, results, ..): the largest part is taken for
-    gathers, half of all for the kinds that keep their size."""
+    """Bytes of the result on one device; the type of a start is (operands, results, flags)."""
     declared = text[: re.search(r"(?:^|\s)[a-z][\w\-]*\(", text).start()]  # type: ignore[union-attr]
     sizes = [
         _BYTES.get(dtype, 1) * math.prod(int(d) for d in dims.split(",") if d)
@@ -185,11 +184,7 @@ def _result_bytes(text: str, kind: str, *, asynchronous: bool) -> float:
     if not asynchronous or kind == "all-reduce":  # an all-reduce's start has the type of its result
         return float(sum(sizes))
     large = [size for size in sizes if size > 4]  # a permute's start carries two flags
-    if kind == "all-gather":
-        return float(sum(sorted(large)[len(large) // 2 :]))
-    if kind == "reduce-scatter":
-        return float(sum(sorted(large)[: len(large) // 2]))
-    return float(sum(large)) / 2
+    return float(sum(large[len(large) // 2 :]))
 
 
 def _groups(text: str, kind: str, num_devices: int) -> np.ndarray:

@@ -115,6 +115,28 @@ def packed_flops(model: ModelConfig, vocab_size: int, document_lengths: Iterable
     return 6.0 * count_params(model, vocab_size).matmul * sum(lengths) + attention
 
 
+def packed_counts(model: ModelConfig, segment_ids_BT: Any, positions_BT: Any) -> dict[str, jax.Array]:
+    """What the documents of a batch need, traceable: tokens that are not padding, and attention pairs of all layers.
+
+    Positions restart in every document, so the token at position p sees p + 1 of them, or its window.
+    """
+    real_BT = (segment_ids_BT > 0).astype(jnp.float32)
+    pairs = jnp.zeros((), jnp.float32)
+    windows = [model.kind(layer).window for layer in range(model.num_layers)]
+    for window in dict.fromkeys(windows):
+        seen_BT = positions_BT + 1 if window is None else jnp.minimum(positions_BT + 1, window)
+        pairs += windows.count(window) * jnp.sum(seen_BT.astype(jnp.float32) * real_BT)
+    return {"packed_tokens": jnp.sum(real_BT), "packed_pairs": pairs}
+
+
+def flops_of_counts(model: ModelConfig, vocab_size: int, *, tokens: float, pairs: float) -> float:
+    """`packed_flops` from the counts of `packed_counts`, which add up over steps."""
+    return (
+        6.0 * count_params(model, vocab_size).matmul * tokens
+        + 12.0 * model.num_heads * model.head_width * pairs
+    )
+
+
 def mfu(
     model: ModelConfig, vocab_size: int, row_length: int, *, tokens_per_second: float, peak_flops: float
 ) -> float:

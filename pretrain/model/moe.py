@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pretrain.config import ConfigError
 from pretrain.model.layers import activate, linear, normal_param
-from pretrain.sharding import activation_spec, current_mesh, place, use_weight
+from pretrain.sharding import ACTIVATION_RULES, Dims, partition_spec, place, use_weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,8 +181,9 @@ def run_experts(
     Memory holds A = B T k rows of every width on each device, times the expert axis: the price of dropping nothing.
     """
     run = functools.partial(_run_local, activation)
-    mesh = current_mesh()
-    if mesh is None:
+    # Also on a mesh of one device: ragged_dot has no rule for explicit axes outside of shard_map.
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return run(x_BTD, choice_BTk, weight_BTk, gate_up_ED2F, down_EFD, 0)
     experts = "expert" if mesh.shape["expert"] > 1 else None
     tensor = "tensor" if mesh.shape["tensor"] > 1 else None
@@ -202,10 +204,13 @@ def run_experts(
             out = jax.lax.psum_scatter(out, experts, scatter_dimension=0, tiled=True)
         return out
 
-    tokens = [activation_spec(("batch", "time", None), a.shape) for a in (x_BTD, choice_BTk, weight_BTk)]
+    def layout(dims: Dims, a: jax.Array) -> PartitionSpec:
+        return partition_spec(dims, a.shape, ACTIVATION_RULES, mesh)
+
+    tokens = [layout(("batch", "time", None), a) for a in (x_BTD, choice_BTk, weight_BTk)]
     weights = (
-        activation_spec(("experts", None, None, "mlp"), gate_up_ED2F.shape),
-        activation_spec(("experts", "mlp", None), down_EFD.shape),
+        layout(("experts", None, None, "mlp"), gate_up_ED2F),
+        layout(("experts", "mlp", None), down_EFD),
     )
     return jax.shard_map(local, in_specs=(*tokens, *weights), out_specs=tokens[0])(
         x_BTD, choice_BTk, weight_BTk, gate_up_ED2F, down_EFD

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -75,7 +76,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention_impl: str = local("auto")
     scan_layers: bool = local(True)
-    remat: Literal["full", "save_attention", "none"] = local("none")
+    # What the backward pass finds in memory: inputs of layers; attention results too; both, but in the memory of the
+    # host; everything.
+    remat: Literal["full", "save_attention", "offload", "none"] = local("none")
 
     def __post_init__(self):
         faults = []
@@ -94,7 +97,7 @@ class ModelConfig:
         for name, allowed in (
             ("activation", ("silu", "gelu_tanh")),
             ("dtype", ("float32", "bfloat16")),
-            ("remat", ("full", "save_attention", "none")),
+            ("remat", ("full", "save_attention", "offload", "none")),
         ):
             if getattr(self, name) not in allowed:
                 faults.append(
@@ -266,6 +269,13 @@ def _remat(config: ModelConfig, function: Any) -> Any:
             policy = jax.checkpoint_policies.nothing_saveable
         case "save_attention":
             policy = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+        case "offload":
+            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=["layer_in", "attn_out", "attn_lse"],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
     # Inside a scan the barrier against common subexpressions is not needed and costs time.
     return jax.checkpoint(function, policy=policy, prevent_cse=not config.scan_layers)
 
@@ -329,6 +339,7 @@ def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
         x_BTD: jax.Array, layer: Params, tables: Any, plan: PackPlan, real_BT: jax.Array | None
     ) -> tuple[jax.Array, RouterSums | None]:
         block = nnx.merge(definition, layer)
+        x_BTD = checkpoint_name(x_BTD, "layer_in")
         return block.with_router(x_BTD, tables, lambda q, k, v: attend(q, k, v, plan, spec, impl), real_BT)
 
     return _remat(config, run)

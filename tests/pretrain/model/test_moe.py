@@ -10,6 +10,7 @@ import pytest
 
 from pretrain.config import ConfigError
 from pretrain.model.moe import BiasBalance, LossBalance, MoeConfig, RouterSums, route, run_experts
+from pretrain.sharding import MeshConfig, make_mesh
 
 MOE = MoeConfig(num_experts=4, num_active=2)
 
@@ -77,6 +78,15 @@ def test_gradients_equal_those_of_a_dense_sum():
     expected, got = (jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(*values) for f in (dense, grouped))
     for e, g in zip(expected, got, strict=True):
         np.testing.assert_allclose(g, e, rtol=0, atol=2e-5 * np.abs(e).max())
+
+
+def test_a_mesh_of_one_device_changes_nothing():
+    """Training on one device still has a mesh in scope, of explicit axes."""
+    a = case()
+    args = (a["x"], a["choice"], a["weight"], a["gate_up"], a["down"])
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        on_mesh = jax.jit(lambda *args: run_experts(*args, "silu"))(*args)
+    np.testing.assert_array_equal(on_mesh, _run(*args))
 
 
 def test_permuted_tokens_give_permuted_outputs():

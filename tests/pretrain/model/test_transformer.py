@@ -202,7 +202,9 @@ def test_a_changed_document_changes_no_other_bit():
     assert same[1].all()
 
 
-@pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": "full"}, {"remat": "save_attention"}])
+@pytest.mark.parametrize(
+    "change", [{"scan_layers": False}, {"remat": "full"}, {"remat": "save_attention"}, {"remat": "offload"}]
+)
 def test_scan_and_remat_change_nothing(change):
     params = random_params(GEMMA)
     batch = packed_rows([(5, 7)], 12)
@@ -241,7 +243,9 @@ def test_bfloat16_computes_narrow_and_keeps_float32_parameters():
 # --- rotary embedding --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rope", [Rope(), Rope(scaling=Llama3Scaling()), Rope(scaling=LinearScaling(factor=2.0))])
+@pytest.mark.parametrize(
+    "rope", [Rope(), Rope(scaling=Llama3Scaling()), Rope(scaling=LinearScaling(factor=2.0))]
+)
 def test_rotary_tables_looked_up_or_computed_are_the_same(rope):
     positions = np.array([[0, 1, 2, 40, 41, 7]], np.int32)
     looked_up = rope.tables(positions, 16, 64)
