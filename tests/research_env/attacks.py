@@ -92,7 +92,7 @@ _WRITES = {
 }  # fmt: skip
 
 _OTHER = {
-    "less likely to be killed": "open('/proc/self/oom_score_adj', 'w').write('-1000'); won = True",
+    "less likely to be killed": "import os; won = os.write(os.open('/proc/self/oom_score_adj', 1), b'-1000')",
     "hard link to a program": "import os; os.link('/usr/bin/env', '/ws/env'); won = True",
     "link and write through": "import os; os.symlink(orders['outside'], '/ws/l'); open('/ws/l/x', 'w'); won = True",
     "move a system file": "import os; os.rename('/usr/bin/env', '/ws/env'); won = True",
@@ -118,7 +118,7 @@ _OTHER = {
     "descriptors": "import os; won = [n for n in os.listdir('/proc/self/fd') if int(n) > 20]",
     "environment": "import os; won = [k for k in os.environ if 'KEY' in k or 'TOKEN' in k or 'CANARY' in k]",
     "environment of others": "import os\nwon = []\nfor p in os.listdir('/proc'):\n  try: won += [p] if p.isdigit() and b'CANARY' in open(f'/proc/{p}/environ', 'rb').read() else []\n  except OSError: pass",
-    "home folder": "import os; won = [d for d in os.listdir('/root')]",
+    "home folder": "import os; won = [d for d in os.listdir('/root') if '/root/' + d not in orders['python']]",
     "other jobs": "import os; won = [d for d in os.listdir('/tmp') if 'autodidact' in d or 'bait' in d]",
     "terminal injection": "import fcntl; fcntl.ioctl(0, 0x5412, b'x'); won = True",
     "terminal": "open('/dev/tty', 'w').write('x'); won = True",
@@ -150,7 +150,7 @@ ATTACKS = {
         for name, path in _READS.items()
     },
     **{
-        f"write: {name}": f"open({path!r}.format(**orders), 'ab').write(b'x'); won = True"
+        f"write: {name}": f"import os; won = os.write(os.open({path!r}.format(**orders), os.O_WRONLY | os.O_CREAT | os.O_APPEND), b'x')"
         for name, path in _WRITES.items()
     },
     **_OTHER,

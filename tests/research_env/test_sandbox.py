@@ -144,7 +144,7 @@ def test_no_attack_succeeds(level, tmp_path, monkeypatch):
             "ledger": str(outside / "ledger.sqlite"),
             "job": str(scratch_root()),
             "outside": str(outside),
-            "python": sys.executable,
+            "python": os.path.realpath(sys.executable),
             "library": os.__file__,
             "host_pid": os.getpid(),
             "pid_namespace": os.readlink("/proc/self/ns/pid"),
