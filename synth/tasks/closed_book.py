@@ -41,25 +41,32 @@ async def grade_sampled(
         system, user = load_prompt("closed_book").fill(
             context=contexts[question.document], question=ask_text(question)
         )
-        replies = await asyncio.gather(
-            *(
-                llm.generate(
-                    Request(
-                        system=system,
-                        user=user,
-                        max_tokens=config.max_tokens,
-                        temperature=config.temperature,
-                        stop=("### Question",),
-                        seed=stable_seed(config.seed, question.id, sample) % 2**31,
-                    )
-                )
-                for sample in range(config.num_samples)
-            )
-        )
-        parsed = [parse_answer(reply.text, len(question.options), config.parse) for reply in replies]
-        return Graded(question=question, choice=_choose(parsed, config, question.id))
+        return await sample_choice(llm, question, system, user, config)
 
     return list(await asyncio.gather(*(one(question) for question in questions)))
+
+
+async def sample_choice(
+    llm: LLM, question: Question, system: str, user: str, config: SampledConfig
+) -> Graded:
+    """Ask one question `num_samples` times in these words and make one answer of the replies."""
+    replies = await asyncio.gather(
+        *(
+            llm.generate(
+                Request(
+                    system=system,
+                    user=user,
+                    max_tokens=config.max_tokens,
+                    temperature=config.temperature,
+                    stop=("### Question", "### Passages"),
+                    seed=stable_seed(config.seed, question.id, sample) % 2**31,
+                )
+            )
+            for sample in range(config.num_samples)
+        )
+    )
+    parsed = [parse_answer(reply.text, len(question.options), config.parse) for reply in replies]
+    return Graded(question=question, choice=_choose(parsed, config, question.id))
 
 
 def _choose(parsed: Sequence[int | None], config: SampledConfig, question_id: str) -> int | None:
@@ -83,17 +90,17 @@ async def grade_by_likelihood(
 ) -> list[Graded]:
     """Choose the option with the largest log-probability after the question (per byte of the option if asked).
 
-    `context` is text to put before the questions of a document: the book, opened. Ties go to the first option.
+    `context` is text to put before each question, by its id: the book, opened. Ties go to the first option.
 
     Raises:
       NotImplementedError: the model gives no log-probabilities.
     """
 
     async def one(question: Question) -> Graded:
-        prompt = question.text if context is None else f"{context[question.document]} {question.text}"
+        prompt = question.text if context is None else f"{context[question.id]} {question.text}"
         scores = await asyncio.gather(*(llm.score(prompt, f" {option}.") for option in question.options))
         if per_byte:
             scores = [s / len(option.encode()) for s, option in zip(scores, question.options, strict=True)]
         return Graded(question=question, choice=max(range(len(scores)), key=lambda i: (scores[i], -i)))
 
-    return [await one(question) for question in questions]
+    return list(await asyncio.gather(*(one(question) for question in questions)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.config import ConfigError, local
+from pretrain.data.source import BadRecord, FileSource, SourceConfig, TextDocument, TextSource
 from synth.question import Question
 
 
@@ -38,6 +39,7 @@ class NicheQuestions:
     path: str = "niche/mcq.jsonl.gz"
     root: str = local("data")
     documents: tuple[str, ...] = ()
+    form: str = "{question}"  # how a question is put to a model that continues text
 
     def load(self) -> list[Question]:
         """The questions, those of `documents` alone if any are named."""
@@ -50,7 +52,7 @@ class NicheQuestions:
                 Question(
                     id=f"{record['passage_id']}:{where.rpartition(':')[2]}",
                     document=record["passage_id"],
-                    text=record["question"].strip(),
+                    text=self.form.format(question=record["question"].strip()),
                     options=options,
                     gold=record["answer"],
                     tags=(f"options{len(options)}",),
@@ -69,6 +71,7 @@ class QualityQuestions:
     )
     root: str = local("data")
     part: Literal["all", "validation", "test"] = "all"
+    form: str = "{question}"  # how a question is put to a model that continues text; {document} is its title and author
 
     def load(self) -> list[Question]:
         """Questions by title of the document, then in the order of the files; HARD ones have the tag "hard"."""
@@ -81,7 +84,7 @@ class QualityQuestions:
                         Question(
                             id=asked["question_unique_id"],
                             document=document,
-                            text=asked["question"].strip(),
+                            text=self.form.format(question=asked["question"].strip(), document=document),
                             options=tuple(asked["options"]),
                             gold=asked["gold_label"] - 1,
                             tags=("hard" if asked["difficult"] else "other",),
@@ -91,3 +94,41 @@ class QualityQuestions:
         validation = len(ordered) // 5
         chosen = {"all": ordered, "validation": ordered[:validation], "test": ordered[validation:]}[self.part]
         return [question for title in chosen for question in titles[title]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityArticles(SourceConfig):
+    """The articles of the published files, each once: quoted title, author, year, then the text, as the authors do."""
+
+    paths: tuple[str, ...] = (
+        "QuALITY.v1.0.1.htmlstripped.train",
+        "QuALITY.v1.0.1.htmlstripped.dev",
+    )
+
+    def build(self, root: str) -> TextSource:
+        """Open the files.
+
+        Raises:
+          ConfigError: one of them is not there.
+        """
+        files = [(path, Path(root) / path) for path in self.paths]
+        missing = [str(path) for _, path in files if not path.is_file()]
+        if missing:
+            raise ConfigError(
+                f"the files of QuALITY must be there, got none at {', '.join(missing)}; set root"
+            )
+        return FileSource(self, files, _read_articles)
+
+
+def _read_articles(name: str, path: Path, config: QualityArticles) -> Iterator[TextDocument | BadRecord]:
+    """Articles in the order of the file; a later line of the same article (another writer) is left out."""
+    seen: set[str] = set()
+    for _, record in _records(path):
+        identity = f"{record['title']} by {record['author']}"
+        if identity in seen:
+            continue
+        seen.add(identity)
+        author = " ".join(part.strip() for part in reversed(record["author"].split(",", 1)))
+        year = f", {record['year']}" if record.get("year") else ""
+        head = f'"{record["title"]}" by {author}{year}'
+        yield TextDocument(identity, f"{head}\n{record['article']}", config.name)

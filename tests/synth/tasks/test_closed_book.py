@@ -102,7 +102,8 @@ def test_half_answered_counts_half():
 
 def test_the_perfect_reader_answers_every_open_book_question_and_no_closed_one_by_knowing():
     asked = WorldQuestions(documents=WORLDS).load()
-    books = {world.name: text for world, text, _ in WORLDS.tell()}
+    texts = {world.name: text for world, text, _ in WORLDS.tell()}
+    books = {question.id: texts[question.document] for question in asked}
     reader = ReaderConfig().build()
     opened = asyncio.run(grade_by_likelihood(reader, asked, context=books))
     assert {tag: a.accuracy for tag, a in accuracy_by_tag(opened).items()} == dict.fromkeys(
