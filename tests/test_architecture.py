@@ -31,7 +31,7 @@ LAYERS = {
         "evals",
         "objective train seqio_bridge lm_eval_bridge",
         "rl scaling aot",
-        "main prepare evaluate sample",
+        "main prepare evaluate export sample",
     ),
     "synth": (
         "document question prompt training",

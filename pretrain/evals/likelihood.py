@@ -20,7 +20,7 @@ from pretrain.config import ConfigError
 from pretrain.data.pack import first_fit_decreasing
 from pretrain.generate import Score
 from pretrain.model.transformer import ModelConfig, Params, forward, logits
-from pretrain.sharding import DATA_AXES, OnMesh, axis_size
+from pretrain.sharding import DATA_AXES, OnMesh, axis_size, place
 from pretrain.tokenizer import Tokenizer
 
 # Logits of this many positions of every row exist at a time.
@@ -124,13 +124,14 @@ def _score_rows(
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """For every position: the log-probability of the next token, and whether none was likelier."""
     hidden_BTD = forward(params, model, tokens_BT, positions_BT, segments_BT)
-    targets_BT = jnp.roll(jnp.asarray(tokens_BT), -1, axis=1)
+    targets_BT = place(jnp.roll(jnp.asarray(tokens_BT), -1, axis=1), ("batch", None))
     found = []
     for start in range(0, tokens_BT.shape[1], _CHUNK_POSITIONS):
         here = slice(start, start + _CHUNK_POSITIONS)
         logits_BcV = logits(hidden_BTD[:, here], params, model)
-        of_target = jax.lax.broadcasted_iota(jnp.int32, logits_BcV.shape, 2) == targets_BT[:, here, None]
-        target_Bc = jnp.sum(jnp.where(of_target, logits_BcV, 0.0), axis=-1)
+        ids_11V = jnp.arange(logits_BcV.shape[2], dtype=jnp.int32)[None, None]
+        # A product and no gather, since the vocabulary may lie over devices; the other terms are exact zeros.
+        target_Bc = jnp.sum(logits_BcV * (ids_11V == targets_BT[:, here, None]).astype(jnp.float32), axis=-1)
         most_Bc = jnp.max(logits_BcV, axis=-1)
         total_Bc = jnp.sum(jnp.exp(logits_BcV - most_Bc[..., None]), axis=-1)
         found.append((target_Bc - most_Bc - jnp.log(total_Bc), target_Bc >= most_Bc))

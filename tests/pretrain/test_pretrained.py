@@ -1,0 +1,119 @@
+"""A run folder of ours is a model too: its config, its tokenizer, its parameters; it can be evaluated, exported, begun with."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pretrain.checkpoint import Checkpointer, NoCheckpoint
+from pretrain.config import ConfigError, to_json
+from pretrain.data.source import MemoryConfig, TextDocument
+from pretrain.data.tables import DataConfig
+from pretrain.export import main as export_main
+from pretrain.hf import HfFolder
+from pretrain.model.transformer import ModelConfig, abstract_params
+from pretrain.optim import AdamWConfig, OptimConfig, WarmupCosine
+from pretrain.pretrained import Checkpoint, load_init, open_pretrained
+from pretrain.sharding import MeshConfig, make_mesh
+from pretrain.tokenizer import BpeConfig
+from pretrain.train import RunConfig, TrainConfig
+
+MODEL = ModelConfig(num_layers=2, width=16, num_heads=2, num_kv_heads=2, head_width=8, hidden_width=16)
+WORDS = BpeConfig(vocab_size=280)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "health"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: dict
+    health: dict
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder as training leaves it: (folder, parameters, tokenizer)."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = TrainConfig(
+        model=MODEL,
+        data=DataConfig(
+            sources=(MemoryConfig(name="m", documents=(TextDocument(id="a", text="b"),)),),
+            tokenizer=WORDS,
+            row_length=16,
+            batch_rows=8,
+        ),
+        optim=OptimConfig(method=AdamWConfig(), peak_lr=1e-3, schedule=WarmupCosine(num_warmup_steps=1)),
+        run=RunConfig(num_steps=5),
+    )
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32), abstract_params(MODEL, 280)
+    )
+    tokenizer = WORDS.build("", lambda n: iter(["once upon a time there was a text " * 9]))
+    folder.mkdir()
+    tokenizer.save(folder / "tokenizer.json")
+    checkpointer = Checkpointer(folder / "checkpoints", to_json(config), "data")
+    for step in (3, 5):
+        state = State(jnp.int32(step), jax.tree.map(lambda x, s=step: x + 5 - s, params), {}, {})
+        checkpointer.save(state, step)
+    checkpointer.close()
+    return folder, params, tokenizer
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_the_newest_step_of_a_run_is_its_model(run):
+    folder, params, tokenizer = run
+    for path in (folder, folder / "checkpoints", folder / "checkpoints" / "5"):
+        source = open_pretrained(str(path))
+        assert source == Checkpoint(path=str(path))
+        assert source.model_config() == MODEL
+        assert source.tokenizer().sha256 == tokenizer.sha256
+        assert_same_bits(source.params(MODEL), params)
+    older = Checkpoint(path=str(folder / "checkpoints" / "3")).params(MODEL)
+    assert_same_bits(older, jax.tree.map(lambda x: x + 2, params))
+
+
+def test_init_lays_parameters_out_for_the_mesh(run):
+    folder, params, tokenizer = run
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    found = load_init(str(folder / "checkpoints"), MODEL, tokenizer, mesh)
+    assert_same_bits(found, params)
+    assert len(found["blocks"]["mlp"]["down"].sharding.device_set) == 8
+
+
+def test_the_verb_exports_a_run(run, tmp_path, capsys):
+    folder, params, tokenizer = run
+    file = tmp_path / "config.py"
+    file.write_text("from pretrain.export import ExportConfig\ndef get_config():\n    return ExportConfig()\n")
+    where = tmp_path / "folder"
+    assert export_main(["--config", str(file), f"model={folder}", f"folder={where}"]) == 0
+    source = HfFolder(path=str(where))
+    assert_same_bits(source.params(source.model_config()), params)
+    assert source.tokenizer().encode("once upon") == tokenizer.encode("once upon")
+    assert load_init(str(where), MODEL, tokenizer, None).keys() == params.keys()
+    assert export_main(["--config", str(file), f"model={folder}", f"folder={where}"]) == 2
+    assert "not there yet" in capsys.readouterr().err
+    assert export_main(["--config", str(file)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert export_main(["--config", str(file), f"model={tmp_path}/none", f"folder={tmp_path}/x"]) == 3
+
+
+def test_what_is_no_model_is_refused(run, tmp_path):
+    folder, _, _ = run
+    with pytest.raises(NoCheckpoint, match="holds none"):
+        Checkpoint(path=str(tmp_path)).model_config()
+    with pytest.raises(ConfigError, match="num_layers=2 where model.num_layers is 3"):
+        Checkpoint(path=str(folder)).params(dataclasses.replace(MODEL, num_layers=3))
+    (folder / "tokenizer.json").rename(folder / "gone.json")
+    with pytest.raises(ConfigError, match=r"must lie in a run folder that holds the tokenizer.json"):
+        Checkpoint(path=str(folder)).tokenizer()
+    (folder / "gone.json").rename(folder / "tokenizer.json")
