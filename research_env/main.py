@@ -1,5 +1,6 @@
 """`python -m research_env.main --config FILE key=value ...`: search a codebase for improvements and write the page."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,12 @@ from rich.console import Console
 from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
 from pretrain.rundir import write_json_atomic
 from research_env.choose import Noise, mean_interval
+from research_env.dashboards.live import LiveTable
 from research_env.dashboards.page import write_page
 from research_env.env import AIResearchEnv
 from research_env.records import Resource
 from research_env.schedule import Devices
 from research_env.search.campaign import ArmResult, confirm_best, measure_noise, run_arm
-from research_env.search.proposal import Told
 from research_env.search.recipe import ResearchConfig, build_arm, build_maker
 
 
@@ -58,8 +59,10 @@ def run(config: ResearchConfig, console: Console) -> int:
             f"baseline {env.task.metric} {mean:.4f}, sigma0 {noise.sigma:.4f} from {noise.num_repeats} seeds"
         )
         arms = []
-        for name in config.arms:
-            arms.append(_run_arm(env, name, config, noise, mean, console))
+        view = LiveTable(console, metric=env.task.metric, baseline=mean, num_candidates=config.num_candidates)
+        with view:
+            for name in config.arms:
+                arms.append(_run_arm(env, name, config, noise, mean, view))
         fields = write_summary(env, arms, noise, mean)
         page = write_page(env.ledger, env.task, env.workdir / "index.html", fields)
         best = fields["winner"]
@@ -76,23 +79,12 @@ def run(config: ResearchConfig, console: Console) -> int:
 
 
 def _run_arm(
-    env: AIResearchEnv, name: str, config: ResearchConfig, noise: Noise, mean: float, console: Console
+    env: AIResearchEnv, name: str, config: ResearchConfig, noise: Noise, mean: float, view: LiveTable
 ) -> ArmResult:
-    count = 0
-
-    def show(item: Told) -> None:
-        nonlocal count
-        count += 1
-        found = "" if item.gain is None else f"{item.result.metric:.4f} ({item.gain:+.4f})"
-        console.print(
-            f"{name} {count:3d}  {item.result.status.value:14s} {found:20s} {item.node.idea[:70]}",
-            markup=False,
-        )
-
-    search, make = build_arm(name, config, noise), build_maker(env, name, config, mean)
+    search, maker = build_arm(name, config, noise), build_maker(env, name, config, mean)
     result = run_arm(
-        env, search, make, num_candidates=config.num_candidates, batch=config.batch, noise=noise, baseline_mean=mean,
-        on_told=show,
+        env, search, maker, num_candidates=config.num_candidates, batch=config.batch, noise=noise, baseline_mean=mean,
+        on_told=functools.partial(view.told, name),
     )  # fmt: skip
     return confirm_best(env, result, noise=noise, baseline_mean=mean, max_confirmed=config.max_confirmed)
 

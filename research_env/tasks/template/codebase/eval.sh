@@ -1,0 +1,1 @@
+exec "$PYTHON" -I -S locked/evaluate.py

@@ -1,0 +1,1 @@
+exec "$PYTHON" -S train.py
