@@ -8,6 +8,7 @@ from pretrain.checkpoint import CheckpointPolicy
 from pretrain.loss import LossConfig
 from pretrain.model.transformer import ModelConfig
 from pretrain.optim import OptimConfig, WarmupCosine
+from synth.llm.scripted import ScriptedConfig
 from synth.sbp.pair import PairRule
 from synth.sbp.parts import Split
 from synth.sbp.pipeline import SbpConfig
@@ -62,6 +63,8 @@ def get_config() -> SbpConfig:
         synthesis=SynthesisRule(samples_per_document=3),
         trials=Trials(num_steps=16, fewer_steps=(0.5,), shares=(0.25,)),
         quality_sample=100,
+        judge=ScriptedConfig(),
+        judge_sample=5,
         floor=ConceptFloor(world=WORLD),
         floor_texts=50,
         run=RunConfig(workdir="runs/synth/sbp_smoke", num_shards=2),

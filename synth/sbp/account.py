@@ -8,7 +8,7 @@ as in a forward pass over the text, once.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from synth.sbp.parts import UNIQUE, VALIDATION
+from synth.sbp.parts import UNIQUE
 from synth.sbp.trials import SYNTHETIC
 from synth.stage import StageResult
 from synth.training import Learner
@@ -23,8 +23,7 @@ def count_flops(config: Any, results: Mapping[str, StageResult]) -> dict[str, fl
     vocab_size = next(results["tokenizer"].documents()).meta["vocab_size"]
     reference = next(results["reference"].documents()).meta
     found = {"reference": learner.flops(vocab_size, reference["train_tokens"])}
-    rows = sum(reference["rows"].get(part, 0) for part in (UNIQUE, VALIDATION))
-    found["embed"] = _FORWARD * learner.flops(vocab_size, rows * learner.row_length)
+    found["embed"] = _FORWARD * learner.flops(vocab_size, reference["rows"][UNIQUE] * learner.row_length)
     for stage in ("tune_pair", "tune_random"):
         found[stage] = tuner.flops(vocab_size, next(results[stage].documents()).meta["train_tokens"])
     for arm in config.trials.synthetic_arms:

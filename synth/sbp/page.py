@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from synth.document import Document
+from synth.sbp.judge import judged_rates
 from synth.sbp.pair import PAIR, RANDOM, REPORT
-from synth.sbp.quality import PAPER
+from synth.sbp.quality import PAPER, PAPER_COLUMNS, PAPER_JUDGED
 from synth.sbp.tune import HELDOUT_ALONE, HELDOUT_OTHER, HELDOUT_OWN
 from synth.stage import StageResult
 
@@ -48,15 +49,26 @@ def quality_lines(documents: Iterable[Document]) -> list[str]:
     """Rates in percent of each kind of text, beside the paper's."""
     found = {d.id: d.meta for d in documents}
     keys = ("repetition", "duplicate", "seed_copy", "corpus_copy", "novel", "distinct_4")
-    lines = [f"| text | {', '.join(keys[:0])}{' | '.join(f'{k}, %' for k in keys)} | words: median |"]
+    lines = [f"| text | {' | '.join(f'{k}, %' for k in keys)} | words: median |"]
     lines.append("|---|" + "---|" * (len(keys) + 1))
     for name, measured in found.items():
         cells = [_cell(measured[key]) for key in keys]
         lines.append(f"| {name} | {' | '.join(cells)} | {measured['words']['median']:.0f} |")
-    for number, name in enumerate(("paper, 200B 3B", "paper, 1T 3B", "paper, 1T 6B", "paper, real text")):
+    for number, name in enumerate(PAPER_COLUMNS):
         cells = [_percent(PAPER[key][number]) if key in PAPER else "-" for key in keys]
         lines.append(f"| {name} | {' | '.join(cells)} | - |")
     return lines
+
+
+def judge_lines(grades: Iterable[Document]) -> list[str]:
+    """What the judge found, in percent, beside the paper's."""
+    lines = ["| judged text | graded | irrelevant, % | not factual, % |", "|---|---|---|---|"]
+    for label, found in judged_rates(grades).items():
+        rates = " | ".join(_cell(found[key]) for key in ("irrelevant", "not_factual"))
+        lines.append(f"| {label} | {found['graded']} | {rates} |")
+    for name, irrelevant, wrong in zip(PAPER_COLUMNS, *PAPER_JUDGED, strict=True):
+        lines.append(f"| {name} | - | {_percent(irrelevant)} | {_percent(wrong)} |")
+    return [*lines, ""]
 
 
 def _cell(share: Any) -> str:

@@ -132,32 +132,32 @@ def derange(pairs: Pairs, length_N: np.ndarray, seed: int) -> Pairs:
     """The same firsts with the seconds of other pairs of about equal length, none its own and none the first itself.
 
     Seconds are exchanged inside buckets of equal length, doubling bounds; a bucket in which they cannot be joins
-    the next one.
+    the next shorter one.
 
     Raises:
       ConfigError: there are too few different documents.
     """
     bucket_P = np.floor(np.log2(np.maximum(length_N[pairs.second_P], 1))).astype(int)
-    second_P = pairs.second_P.copy()
-    left: list[int] = []
     groups = [np.flatnonzero(bucket_P == bucket) for bucket in np.unique(bucket_P)]
-    for number, group in enumerate(groups):
-        members = np.array([*left, *group])
+    second_P = pairs.second_P.copy()
+    while groups:
+        members = groups.pop()
         found = _deranged(
-            pairs.first_P[members], pairs.second_P[members], stable_seed("derange", seed, number)
+            pairs.first_P[members], pairs.second_P[members], stable_seed("derange", seed, len(groups))
         )
-        if found is None:
-            left = members.tolist()
-        else:
-            second_P[members], left = found, []
-    if left:  # the last buckets could not do alone: all of them together
-        found = _deranged(pairs.first_P, pairs.second_P, stable_seed("derange", seed, "all"))
+        while found is None and groups:
+            members = np.concatenate([groups.pop(), members])
+            key = stable_seed("derange", seed, len(groups))
+            found = _deranged(pairs.first_P[members], pairs.second_P[members], key)
+        if found is None:  # the shortest cannot do alone: all of them together
+            members = np.arange(len(pairs))
+            found = _deranged(pairs.first_P, pairs.second_P, stable_seed("derange", seed, "all"))
         if found is None:
             raise ConfigError(
                 f"random pairs need more than a few different documents, got {len(np.unique(pairs.second_P))} seconds "
                 f"in {len(pairs)} pairs; lower the threshold or take more documents"
             )
-        second_P = found
+        second_P[members] = found
     return Pairs(first_P=pairs.first_P, second_P=second_P, similarity_P=np.zeros(len(pairs), np.float32))
 
 

@@ -7,7 +7,7 @@
     tune_pair, tune_random                                             synthesizers, from the reference
     gate              no synthesis unless pairs have taught something
     texts_sbp, texts_random, texts_self                                texts with the seed document of each
-    quality           what the texts are like
+    quality           what the texts are like; with a judge, to_judge and judge
     trials            all arms                                         results.json  results.md  results.png
 
 A seed repeats all of it with other unique documents, other initial weights and other orders.
@@ -22,10 +22,13 @@ from pretrain.config import ConfigError, fingerprint, local, to_json
 from pretrain.jobs.api import JobsConfig
 from pretrain.rundir import write_atomic, write_json_atomic
 from pretrain.tokenizer import TokenizerConfig
+from synth.generator import Write
+from synth.llm.api import LLMConfig
 from synth.neighbors import Exact, IndexConfig
 from synth.sbp.account import account_lines, count_flops
 from synth.sbp.embed import Embed, EmbedderConfig, OwnStatesConfig
-from synth.sbp.page import gate_lines, pair_lines, quality_lines
+from synth.sbp.judge import PairJudge, ToJudge
+from synth.sbp.page import gate_lines, judge_lines, pair_lines, quality_lines
 from synth.sbp.pair import Pair, PairRule
 from synth.sbp.parts import TEST, Split
 from synth.sbp.quality import Quality
@@ -73,10 +76,13 @@ class SbpConfig:
     gate: Gate = field(default_factory=Gate)
     synthesis: SynthesisRule = field(default_factory=SynthesisRule)
     quality_sample: int = 2000
+    judge: LLMConfig | None = None
+    judge_sample: int = 200
     floor: Floor | None = None
     floor_texts: int = 500
     seeds: tuple[int, ...] = (0,)
     run: RunConfig = field(default_factory=RunConfig)
+    tokenizer_root: str = local("")
     jobs: JobsConfig = local(HereConfig())
 
     def __post_init__(self):
@@ -102,7 +108,7 @@ class SbpConfig:
         return (
             self.data,
             *self.split.stages(seed),
-            MakeTokenizer(tokenizer=self.tokenizer, seed=seed),
+            MakeTokenizer(tokenizer=self.tokenizer, root=self.tokenizer_root, seed=seed),
             Pretrain(**training, num_steps=self.reference_steps),
             Embed(embedder=self.embedder, model=self.learner.model),
             Pair(rule=self.rule, index=self.index, seed=seed),
@@ -121,7 +127,17 @@ class SbpConfig:
                 for stage in texts
             ),
             Quality(labels=tuple(labels), sample=self.quality_sample, seed=seed),
+            *self._judging(labels, seed),
             RunTrials(**training, trials=self.trials),
+        )
+
+    def _judging(self, labels: Sequence[str], seed: int) -> tuple[Stage, ...]:
+        if self.judge is None:
+            return ()
+        conditional = tuple(label for label in labels if label != "self")
+        return (
+            ToJudge(labels=conditional, sample=self.judge_sample, seed=seed),
+            Write(generator=PairJudge(), llm=self.judge, seed=seed),
         )
 
     def execute(self, echo: Callable[[str], None] = print) -> list[StageResult]:
@@ -162,6 +178,7 @@ class SbpConfig:
             "",
             *quality_lines(first["quality"].documents()),
             "",
+            *(judge_lines(first["judge"].documents()) if self.judge is not None else ()),
             *account_lines(flops),
         ]
         write_atomic(workdir / "results.md", "\n".join(lines) + "\n")

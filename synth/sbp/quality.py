@@ -18,7 +18,9 @@ from synth.quality.diversity import distinct_ngrams, quantiles
 from synth.sbp.parts import TEST, UNIQUE, all_documents
 from synth.stage import Shard
 
-# Percent, from reports of arXiv 2509.15248: 200B 3B, 1T 3B, 1T 6B, real text. Duplicates are those in a million texts.
+# Percent, from reports of arXiv 2509.15248. Duplicates are those in a million texts.
+PAPER_COLUMNS = ("paper, 200B 3B", "paper, 1T 3B", "paper, 1T 6B", "paper, real text")
+PAPER_JUDGED = ((25.6, 7.8, 6.0, None), (15.1, 8.7, 6.5, 1.8))  # irrelevant to the seed; not factual
 PAPER = {
     "repetition": (4.3, 3.9, 2.6, 1.8),
     "duplicate": (0.8, 0.8, 0.3, 0.7),

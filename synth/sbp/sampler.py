@@ -10,8 +10,9 @@ from pretrain.config import ConfigError, local
 from pretrain.generate import GenerateConfig, Generator, Request
 from pretrain.model.transformer import ModelConfig, abstract_params
 from pretrain.tokenizer import Tokenizer
+from synth.sbp.parts import only_document
 from synth.sbp.synthesize import Opened, Prompt, Sampled, Sampler
-from synth.sbp.tune import TokenizerFile, checkpoint_of, only_document
+from synth.sbp.tune import TokenizerFile, checkpoint_of
 from synth.stage import Shard
 
 

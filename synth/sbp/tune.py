@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import from_json, stable_seed, to_json
-from pretrain.jobs.api import Job, JobsConfig
+from pretrain.config import from_json, local, stable_seed, to_json
+from pretrain.jobs.api import Job, JobsConfig, JobsFailed
 from pretrain.optim import OptimConfig
-from pretrain.rundir import file_sha256
 from pretrain.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerConfig, TokenizerFileConfig
 from synth.document import Document
 from synth.sbp.pair import PAIR, RANDOM
@@ -30,9 +29,13 @@ HELDOUT_OWN, HELDOUT_OTHER, HELDOUT_ALONE = "after_own_first", "after_other_firs
 
 @dataclass(frozen=True, kw_only=True)
 class MakeTokenizer:
-    """Stage: the tokenizer of all runs, trained on the unique documents if it is one that is trained."""
+    """Stage: the tokenizer of all runs, trained on the unique documents if it is one that is trained.
+
+    `root` is where the path of a given tokenizer starts; a copy of it is kept, so that nothing else is looked for.
+    """
 
     tokenizer: TokenizerConfig
+    root: str = local("")
     seed: int = 0
     name: str = TOKENIZER
     version: int = 1
@@ -44,7 +47,7 @@ class MakeTokenizer:
         return to_json(self, identity_only=True)
 
     def run(self, documents: Iterable[Document], *, shard: Shard) -> Iterator[Document]:
-        """One document that names the file, or no file where the config alone makes it."""
+        """One document that says how to open it: with the file beside it, or from the config alone."""
 
         def texts(max_bytes: int) -> Iterator[str]:
             order = sorted(
@@ -56,16 +59,22 @@ class MakeTokenizer:
                 if max_bytes <= 0:
                     return
 
-        meta: dict[str, Any] = {"file": None}
-        if self.tokenizer.trained:
+        built = self.tokenizer.build(self.root, texts)
+        opened: TokenizerConfig = self.tokenizer
+        if isinstance(self.tokenizer, TokenizerFileConfig) or self.tokenizer.trained:
             path = shard.scratch.parent / "tokenizer.json"
-            built = self.tokenizer.build("", texts)
             built.save(path)
-            meta = {"file": str(path.relative_to(workdir_of(shard))), "sha256": file_sha256(path)}
-        else:
-            built = self.tokenizer.build("", texts)
-        meta |= {"vocab_size": built.vocab_size, "tokenizer_sha256": built.sha256}
-        meta["config"] = to_json(self.tokenizer)
+            kept = str(path.relative_to(workdir_of(shard)))
+            if isinstance(self.tokenizer, TokenizerFileConfig):
+                opened = replace(self.tokenizer, path=kept)
+            else:
+                pad, bos, eos, sep = SPECIAL_TOKENS
+                opened = TokenizerFileConfig(path=kept, pad=pad, bos=bos, eos=eos, sep=sep)
+        meta = {
+            "config": to_json(opened),
+            "vocab_size": built.vocab_size,
+            "tokenizer_sha256": built.sha256,
+        }
         yield Document(id=TOKENIZER, text="", made_by=shard.recipe, meta=meta)
 
 
@@ -79,18 +88,8 @@ class TokenizerFile:
     @staticmethod
     def of(shard: Shard) -> "TokenizerFile":
         """From the document of the stage."""
-        meta = only_document(shard, TOKENIZER).meta
-        return TokenizerFile.read(meta, workdir_of(shard))
-
-    @staticmethod
-    def read(meta: Mapping[str, Any], root: Path) -> "TokenizerFile":
-        """From what the stage says."""
-        if meta["file"] is None:
-            return TokenizerFile(config=from_json(meta["config"]), root=root)
-        pad, bos, eos, sep = SPECIAL_TOKENS
-        return TokenizerFile(
-            config=TokenizerFileConfig(path=meta["file"], pad=pad, bos=bos, eos=eos, sep=sep), root=root
-        )
+        config = from_json(only_document(shard, TOKENIZER).meta["config"])
+        return TokenizerFile(config=config, root=workdir_of(shard))
 
     def build(self) -> Tokenizer:
         """Load it."""
@@ -113,13 +112,20 @@ def part_texts(shard: Shard, part: str, **fields: Any) -> Texts:
 def run_training(
     shard: Shard, jobs: JobsConfig, runs: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, outcome) of training runs, in order; those that are complete cost nothing."""
+    """(name, outcome) of training runs, in order; those that are complete cost nothing.
+
+    Raises:
+      StageFailed: a run failed, or was told to stop: the same command goes on from its last checkpoint.
+    """
     folder = workdir_of(shard) / TRAINING / "jobs"
     listed = [
         Job(name=name, function=train_in_job, arguments=(config, name)) for name, config in runs.items()
     ]
-    for job, outcome in zip(listed, in_order(jobs, folder, listed), strict=True):
-        yield job.name, outcome
+    try:
+        for job, outcome in zip(listed, in_order(jobs, folder, listed), strict=True):
+            yield job.name, outcome
+    except JobsFailed as error:
+        raise StageFailed(f"{error}; what they printed is in {folder}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

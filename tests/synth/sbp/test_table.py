@@ -1,10 +1,12 @@
 """The table: published fractions come back, intervals are Student's, settings are chosen on validation alone."""
 
 import math
+from pathlib import Path
 
 import pytest
 
-from pretrain.config import ConfigError, to_json
+from pretrain.config import ConfigError, load_config, to_json
+from synth.sbp.sweep import Case, SweepConfig, sweep_lines
 from synth.sbp.table import Outcome, best_of, compare, comparison_lines, estimate, fraction_of_oracle, picture
 from synth.sbp.trials import ORACLE_ARM, REPETITION, Trial, Trials
 
@@ -79,3 +81,18 @@ def test_trials_refuse_what_they_cannot_be():
     with pytest.raises(ConfigError) as error:
         Trials(num_steps=0, fewer_steps=(1.5,), shares=(), synthetic_arms=("rephrase",))
     assert len(error.value.faults) == 4
+
+
+def test_a_sweep_has_a_row_for_each_case_and_dashes_where_nothing_was_measured():
+    numbers = compare(OUTCOMES).to_json()
+    numbers["fraction_of_oracle_gain"]["sbp"] = None
+    smoke = load_config(Path(__file__).parents[3] / "configs/synth/sbp_smoke.py")
+    cases = tuple(Case(varied="width", value=value, config=smoke) for value in ("16", "32"))
+    lines = sweep_lines(cases, {case.name: numbers for case in cases})
+    assert len(lines) == 4
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "| width | 32 |" in lines[3]
+    assert "undefined" in lines[3]
+    assert "| - |" in lines[3]  # self_samples were not among the outcomes
+    with pytest.raises(ConfigError, match="different"):
+        SweepConfig(cases=(cases[0], cases[0]))
