@@ -101,6 +101,9 @@ def evaluate(config: EvaluateConfig, *, name: str) -> dict[str, Any]:
     """
     tasks = [task for task in config.tasks if not config.only or task.name in config.only]
     items = {task.name: choose_items(task.items(config.data_root), config.max_items, config.seed) for task in tasks}
+    empty = [name for name, found in items.items() if not found]
+    if empty:
+        raise ConfigError(*[f"task {name} must have items, got none below {config.data_root!r}" for name in empty])
     run = RunDir(Path(config.workdir) / name / config_lib.fingerprint(config)[:8])
     run.create()
     with run.lock():

@@ -7,6 +7,7 @@ was forgotten). Gemma norms are stored with the one that the model adds.
 
 import dataclasses
 import functools
+import importlib.util
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -127,6 +128,12 @@ def _half_split(block: np.ndarray, dim: int) -> np.ndarray:
     """Head width from (pair, member) order to (member, pair) order."""
     width = block.shape[dim]
     return block.take(np.arange(width).reshape(width // 2, 2).T.reshape(-1), axis=dim)
+
+
+def packaged_file(package: str, name: str) -> str:
+    """The path of a file in an installed package, or its bare name, for the caller of a config to override."""
+    found = importlib.util.find_spec(package)
+    return name if found is None or found.origin is None else str(Path(found.origin).with_name(name))
 
 
 # --- the file ----------------------------------------------------------------------------------------

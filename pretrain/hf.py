@@ -44,7 +44,10 @@ class HfFolder:
 
     def vocab_size(self) -> int:
         """Rows of the embedding, which may be more than the tokenizer has ids."""
-        return int(self._config()["vocab_size"])
+        size = self._config().get("vocab_size")
+        if not isinstance(size, int):
+            raise ConfigError(f"{Path(self.path, _CONFIG)} must state vocab_size, got {size!r}")
+        return size
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the folder."""
@@ -75,7 +78,10 @@ class HfFolder:
         index = folder / _INDEX
         if not index.exists():
             return dict(open_tensors(folder / _ONE_FILE))
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise ConfigError(f"{index} must hold a weight_map, got {where!r}")
+        files = sorted(set(where.values()))
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise ConfigError(

