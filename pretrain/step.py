@@ -208,8 +208,8 @@ def make_train_step(
 ) -> OnMesh:
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated, do not touch it afterwards.
 
-    Metrics: loss (nats per token), z, weight (target tokens), grad_norm, learning_rate, ok, skipped, reason
-    (index into health.REASONS), nll_by_source, weight_by_source.
+    Metrics: loss (nats per token), z, weight (target tokens), grad_norm, learning_rate, ok, skipped, consecutive_skips,
+    reason (index into health.REASONS), nll_by_source, weight_by_source.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -232,6 +232,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "ok": ok,
             "skipped": guard_state["skipped"],
+            "consecutive_skips": guard_state["consecutive_skips"],
             "reason": guard_state["reason"],
             "nll_by_source": sums.nll_by_source,
             "weight_by_source": sums.weight_by_source,
