@@ -28,6 +28,7 @@ class Cell:
     seed: int
     loss: float  # nats per held-out token
     seconds: float = 0.0
+    skipped_steps: int = 0  # batches read and not learned from (health.py); part of `tokens` all the same
 
     @property
     def epochs(self) -> float:

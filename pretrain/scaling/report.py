@@ -427,7 +427,8 @@ def _cell_table(analysis: Analysis) -> str:
             f"{c.flops:.3g}",
             f"{c.loss:.4f}",
             f"{c.seconds:.0f}",
+            c.skipped_steps,
         )
         for c in analysis.cells
     ]
-    return page.table(("run", "role", "N", "D", "epochs", "FLOPs", "loss", "seconds"), rows)
+    return page.table(("run", "role", "N", "D", "epochs", "FLOPs", "loss", "seconds", "skipped steps"), rows)

@@ -90,6 +90,7 @@ def read_cell(planned: Planned, name: str, tables: Tables) -> Cell | None:
         seed=planned.train.run.seed,
         loss=float(evaluated[-1]["nats_per_token"]),
         seconds=float(summary["seconds"]),
+        skipped_steps=int(summary["skipped_steps"]),
     )
 
 
