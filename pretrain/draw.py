@@ -17,8 +17,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pretrain.config import ConfigError
-
 # Tokens in a block of the two-level cumulative sum.
 _BLOCK = 256
 
@@ -71,11 +69,22 @@ def draw(
     of a token is a function of the slot's seed and the position.
     """
     scores_SV = lax.cond(
-        (settings.penalty_S != 1).any(), _penalize, lambda scores, *_: scores, logits_SV, seen_SV, settings.penalty_S
+        (settings.penalty_S != 1).any(),
+        _penalize,
+        lambda scores, *_: scores,
+        logits_SV,
+        seen_SV,
+        settings.penalty_S,
     )
     best_S = jnp.argmax(scores_SV, axis=1).astype(jnp.int32)
     token_S = lax.cond(
-        (settings.temperature_S > 0).any(), _draw_some, lambda best_S, *_: best_S, best_S, scores_SV, position_S, settings
+        (settings.temperature_S > 0).any(),
+        _draw_some,
+        lambda best_S, *_: best_S,
+        best_S,
+        scores_SV,
+        position_S,
+        settings,
     )
     top_S1 = logits_SV.max(axis=1, keepdims=True)
     lse_S = top_S1[:, 0] + jnp.log(jnp.exp(logits_SV - top_S1).sum(axis=1))
@@ -130,8 +139,9 @@ def bisect(weight_SV: Float[Array, "S V"], enough) -> Float[Array, " S"]:
 
     Non-negative floats are ordered as their bits are, so thirty halvings find it exactly.
     """
-    low_S = jnp.zeros(weight_SV.shape[0], jnp.int32)
-    high_S = jnp.full_like(low_S, int(np.float32(1).view(np.int32)))
+    # Zero, made of the weights so that inside shard_map it varies over the mesh as they do.
+    low_S = (weight_SV[:, 0] < 0).astype(jnp.int32)
+    high_S = low_S + int(np.float32(1).view(np.int32))
 
     def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low_S, high_S = bounds

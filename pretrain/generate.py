@@ -71,7 +71,9 @@ class Request:
             repetition_penalty=self.repetition_penalty,
         )
         if not self.ids:
-            faults.append("a prompt must hold at least one token, got none; begin it with the tokenizer's bos_id")
+            faults.append(
+                "a prompt must hold at least one token, got none; begin it with the tokenizer's bos_id"
+            )
         if self.max_new_tokens < 1:
             faults.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if "" in self.stop:
@@ -108,22 +110,32 @@ class GenerateConfig:
     max_length: tokens of a text, prompt included. slots: texts decoded together. chunk_tokens: a prompt is
     prefilled in chunks of this many tokens, the last one padded to a power of two; prefixes are shared at chunk
     boundaries, and whole prompts at any length. look_every_tokens: how often the host looks at what came out.
-    prefix_entries: prefilled beginnings that are kept, each the size of a row of the cache.
+    prefill_rows: prompts prefilled together; none is one, or on a mesh one for each part of the data axes.
+    prefix_entries: prefilled beginnings that are kept, each the size of `prefill_rows` rows of the cache.
     """
 
     max_length: int
     slots: int = 16
     chunk_tokens: int = 128
     look_every_tokens: int = 8
-    prefill_rows: int = 1
+    prefill_rows: int | None = None
     prefix_entries: int = 4
     cache_dtype: Literal["float32", "bfloat16"] | None = None  # None: the compute dtype
+    attention_impl: str = "auto"  # see kernels/attention/decode.py
 
     def __post_init__(self):
         faults = []
-        for name in ("max_length", "slots", "chunk_tokens", "look_every_tokens", "prefill_rows", "prefix_entries"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (
+            "max_length",
+            "slots",
+            "chunk_tokens",
+            "look_every_tokens",
+            "prefill_rows",
+            "prefix_entries",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"{name} must be at least 1, got {value}")
         if self.chunk_tokens & (self.chunk_tokens - 1):
             faults.append(f"chunk_tokens must be a power of two, got {self.chunk_tokens}")
         if self.cache_dtype not in (None, "float32", "bfloat16"):
@@ -173,10 +185,11 @@ class Generator:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.stats = Stats()
         self.vocab_size = params["embed"]["embedding"].shape[0]
-        self._mesh = None if mesh is None or mesh.size == 1 else mesh
-        _check_mesh(self._mesh, config)
+        self._mesh = mesh
+        self._prefill_rows = _prefill_rows(self._mesh, config)
+        self._statics = (model, config.max_length, config.attention_impl)
         sizes = CacheConfig(
-            rows=config.prefill_rows,
+            rows=self._prefill_rows,
             max_length=config.max_length,
             max_extend=config.chunk_tokens,
             dtype=config.cache_dtype or model.dtype,
@@ -190,7 +203,7 @@ class Generator:
     def load(self, params: Params) -> None:
         """Go on with other parameters of the same shapes."""
         with self._scope():
-            self._params = _decoding_params(params, self.model)
+            self._params = decoding_params(params, self.model)
         self._prefixes.clear()
 
     def generate(
@@ -261,7 +274,9 @@ class Generator:
         bad = next((t for t in ids if not 0 <= t < self.vocab_size), None)
         if bad is None:
             return []
-        return [f"{name}: token ids must lie in [0, {self.vocab_size}), got {bad}; is it this model's tokenizer?"]
+        return [
+            f"{name}: token ids must lie in [0, {self.vocab_size}), got {bad}; is it this model's tokenizer?"
+        ]
 
     def _scope(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -273,7 +288,7 @@ class Generator:
         group: list[int] = []
         for j in range(len(prompts)):
             alone = group and _common(prompts[j - 1], prompts[j]) >= self.config.chunk_tokens
-            if group and (alone or len(group) == self.config.prefill_rows):
+            if group and (alone or len(group) == self._prefill_rows):
                 yield group
                 group = []
             group.append(j)
@@ -307,7 +322,9 @@ class Generator:
         """
         began = time.perf_counter()
         rows = range(len(prompts))
-        cache, done, ends = self._fresh, [0] * len(prompts), [_Prefix(self._fresh, None, 0)] * len(prompts)
+        # The programs write in place, so a cache that others hold is copied before the first of them.
+        cache, private, done = self._fresh, False, [0] * len(prompts)
+        last_logits: dict[int, Array] = {}
         scores: list[tuple[list[float], list[bool]]] = [([], []) for _ in rows]
         for r, prompt in enumerate(prompts):
             limit = len(prompt) - 1 if starts is None else starts[r] - 1
@@ -315,28 +332,28 @@ class Generator:
             if ids:
                 self._prefixes.move_to_end(ids)
                 kept = self._prefixes[ids]
-                one = self.config.prefill_rows == 1
-                cache = kept.cache if one else _copy_row(cache, r, kept.cache, kept.row)
+                cache = kept.cache if self._prefill_rows == 1 else _copy_row(cache, r, kept.cache, kept.row)
                 done[r] = len(ids)
             self.stats.prompt_tokens += len(prompt)
             self.stats.prefilled_tokens += len(prompt) - done[r]
         while any(done[r] < len(prompts[r]) for r in rows):
             sizes = [self._chunk(len(prompts[r]) - done[r]) for r in rows]
             size = next(size for size in sizes if size)
-            tokens_PT = np.zeros((self.config.prefill_rows, size), np.int32)
+            tokens_PT = np.zeros((self._prefill_rows, size), np.int32)
             next_PT = np.zeros_like(tokens_PT)
-            num_new_P = np.zeros(self.config.prefill_rows, np.int32)
+            num_new_P = np.zeros(self._prefill_rows, np.int32)
             for r in rows:
                 if sizes[r] == size:
                     part = prompts[r][done[r] : done[r] + size]
                     after = prompts[r][done[r] + 1 : done[r] + 1 + size]
                     tokens_PT[r, : len(part)], next_PT[r, : len(after)] = part, after
                     num_new_P[r] = len(part)
-            arguments = (self._params, cache, tokens_PT, num_new_P)
+            arguments = (self._params, cache if private else _copy(cache), tokens_PT, num_new_P)
+            private = True
             if starts is None:
-                cache, logits_PV = _prefill(*arguments, self.model, self.config.max_length)
+                cache, logits_PV = _prefill(*arguments, *self._statics)
             else:
-                cache, logits_PV, found = _score(*arguments, next_PT, self.model, self.config.max_length)
+                cache, logits_PV, found = _score(*arguments, next_PT, *self._statics)
                 logprob_PT, greedy_PT = jax.device_get(found)
             for r in rows:
                 if not num_new_P[r]:
@@ -348,13 +365,14 @@ class Generator:
                     scores[r][0].extend(logprob_PT[r, first:last].tolist())
                     scores[r][1].extend(greedy_PT[r, first:last].tolist())
                 done[r] += int(num_new_P[r])
-                ends[r] = _Prefix(cache, logits_PV, r)
+                last_logits[r] = logits_PV
                 if done[r] in branches[r]:
-                    self._keep(prompts[r][: done[r]], ends[r])
+                    self._keep(prompts[r][: done[r]], _Prefix(cache, logits_PV, r))
+                    private = False
         self.stats.prefill_s += time.perf_counter() - began
         return [
-            (end, Score(logprobs=tuple(logprobs), greedy=tuple(greedy)))
-            for end, (logprobs, greedy) in zip(ends, scores, strict=True)
+            (_Prefix(cache, last_logits[r], r), Score(logprobs=tuple(logprobs), greedy=tuple(greedy)))
+            for r, (logprobs, greedy) in zip(rows, scores, strict=True)
         ]
 
     def _chunk(self, remaining: int) -> int:
@@ -393,11 +411,16 @@ class Generator:
                 elapsed_s = time.perf_counter() - began
                 report(
                     Progress(
-                        done=done, total=len(requests), new_tokens=new_tokens, tokens_per_second=new_tokens / elapsed_s
+                        done=done,
+                        total=len(requests),
+                        new_tokens=new_tokens,
+                        tokens_per_second=new_tokens / elapsed_s,
                     )
                 )
 
-    def _admit(self, requests: Sequence[Request], queue: "collections.deque[int]", slots: "list[_Slot | None]") -> list[int]:
+    def _admit(
+        self, requests: Sequence[Request], queue: "collections.deque[int]", slots: "list[_Slot | None]"
+    ) -> list[int]:
         """Fill free slots from the queue; returns those filled."""
         free = [s for s, slot in enumerate(slots) if slot is None]
         batch = [queue.popleft() for _ in range(min(len(free), len(queue)))]
@@ -410,6 +433,8 @@ class Generator:
             of_prompt[requests[i].ids].append(i)
         admitted = []
         kept = {ids: self._prefixes[ids] for ids in of_prompt if ids in self._prefixes}
+        for ids in kept:
+            self._prefixes.move_to_end(ids)
         missing = [ids for ids in prompts[: len(of_prompt)] if ids not in kept]
         for group in self._groups(missing):
             members = [missing[j] for j in group]
@@ -427,7 +452,9 @@ class Generator:
         placed = []
         for i in indices:
             s = free.pop(0)
-            self._slots = _admit(self._slots, s, end.cache, end.logits_PV, end.row, _seen(requests[i].ids, self.vocab_size))
+            self._slots = _admit(
+                self._slots, s, end.cache, end.logits_PV, end.row, _seen(requests[i].ids, self.vocab_size)
+            )
             slots[s] = _Slot(index=i, request=requests[i])
             placed.append(s)
         self.stats.prompt_tokens += (len(indices) - 1) * len(requests[indices[0]].ids)
@@ -446,8 +473,8 @@ class Generator:
         bound = remaining_S[remaining_S > 0].min() if waiting else remaining_S.max()
         num_steps = int(min(bound, self.config.look_every_tokens))
         self._slots, out = _decode(
-            self._params, self._slots, token_S, remaining_S, _settings(slots), num_steps, self.model,
-            self.config.max_length, self.config.look_every_tokens,
+            self._params, self._slots, token_S, remaining_S, _settings(slots), num_steps, *self._statics,
+            self.config.look_every_tokens,
         )  # fmt: skip
         tokens_IS, logprobs_IS = jax.device_get(out)
         self.stats.decode_steps += num_steps
@@ -558,24 +585,30 @@ def _branches(prompts: Sequence[tuple[int, ...]], group: Sequence[int], chunk: i
     """For each prompt of a group the chunk ends up to which one of the next (sorted) prompts goes along."""
     branches = []
     for j in group:
-        ends = {_common(prompts[j], later) // chunk * chunk for later in prompts[j + 1 : j + 1 + _LOOK_AHEAD]}
-        branches.append(ends - {0})
+        ends: set[int] = set()
+        for later in prompts[j + 1 : j + 1 + _LOOK_AHEAD]:
+            end = _common(prompts[j], later) // chunk * chunk
+            if not end:
+                break  # the further a prompt is in the order, the less they have in common
+            ends.add(end)
+        branches.append(ends)
     return branches
 
 
-def _check_mesh(mesh: Mesh | None, config: GenerateConfig) -> None:
-    if mesh is None:
-        return
+def _prefill_rows(mesh: Mesh | None, config: GenerateConfig) -> int:
+    """Prompts prefilled together; refuses sizes that the mesh does not divide."""
+    if mesh is None or mesh.size == 1:
+        return config.prefill_rows or 1
     parts, faults = axis_size(mesh, DATA_AXES), []
+    rows = config.prefill_rows or parts
     if mesh.shape["context"] > 1:
         faults.append(f"generation splits no text: mesh.context must be 1, got {mesh.shape['context']}")
-    for name in ("slots", "prefill_rows"):
-        if getattr(config, name) % parts:
-            faults.append(
-                f"{name} must be a multiple of the {parts} parts of the data axes, got {getattr(config, name)}"
-            )
+    for name, value in (("slots", config.slots), ("prefill_rows", rows)):
+        if value % parts:
+            faults.append(f"{name} must be a multiple of the {parts} parts of the data axes, got {value}")
     if faults:
         raise ConfigError(*faults)
+    return rows
 
 
 # --- the compiled programs ---------------------------------------------------------------------------
@@ -610,12 +643,10 @@ def _empty_slots(model: ModelConfig, config: CacheConfig, vocab_size: int) -> _S
     )
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _decoding_params(params: Params, model: ModelConfig) -> Params:
-    return decoding_params(params, model)
+_STATICS = ("model", "max_length", "impl")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_length"))
+@functools.partial(jax.jit, static_argnames=_STATICS, donate_argnames="cache")
 def _prefill(
     params: Params,
     cache: Cache,
@@ -623,13 +654,14 @@ def _prefill(
     num_new_P: Int[Array, " P"],
     model: ModelConfig,
     max_length: int,
+    impl: str,
 ) -> tuple[Cache, Float[Array, "P V"]]:
-    """Rows extended, and the logits after each; the old cache stays, because others may begin with it."""
-    hidden_PTD, cache = _extend(params, cache, tokens_PT, num_new_P, model, max_length)
+    """Rows extended, and the logits after each."""
+    hidden_PTD, cache = _extend(params, cache, tokens_PT, num_new_P, model, max_length, impl)
     return cache, _last_logits(params, hidden_PTD, num_new_P, model)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_length"))
+@functools.partial(jax.jit, static_argnames=_STATICS, donate_argnames="cache")
 def _score(
     params: Params,
     cache: Cache,
@@ -638,9 +670,10 @@ def _score(
     next_PT: Int[Array, "P T"],
     model: ModelConfig,
     max_length: int,
+    impl: str,
 ) -> tuple[Cache, Float[Array, "P V"], tuple[Array, Array]]:
     """`_prefill`, and for every token whose successor is known that one's log-probability and whether it leads."""
-    hidden_PTD, cache = _extend(params, cache, tokens_PT, num_new_P, model, max_length)
+    hidden_PTD, cache = _extend(params, cache, tokens_PT, num_new_P, model, max_length, impl)
     logits_PTV = place(logits(hidden_PTD, params, model), ("batch", None, None))
     top_PT1 = logits_PTV.max(axis=2, keepdims=True)
     lse_PT = top_PT1[:, :, 0] + jnp.log(jnp.exp(logits_PTV - top_PT1).sum(axis=2))
@@ -651,27 +684,34 @@ def _score(
     return cache, last_PV, jax.tree.map(lambda x: place(x, (None, None)), scores)
 
 
-def _extend(params, cache, tokens_PT, num_new_P, model, max_length):
-    num_new_P = place(num_new_P, ("batch",))
-    return extend(params, model, place(tokens_PT, ("batch", "time")), num_new_P, cache, max_length=max_length)
+def _extend(params, cache, tokens_PT, num_new_P, model, max_length, impl):
+    tokens_PT, num_new_P = place(tokens_PT, ("batch", "time")), place(num_new_P, ("batch",))
+    return extend(params, model, tokens_PT, num_new_P, cache, max_length=max_length, attention_impl=impl)
 
 
-def _last_logits(params: Params, hidden_PTD: Array, num_new_P: Array, model: ModelConfig) -> Float[Array, "P V"]:
+def _last_logits(
+    params: Params, hidden_PTD: Array, num_new_P: Array, model: ModelConfig
+) -> Float[Array, "P V"]:
     last_P1 = jnp.maximum(place(num_new_P, ("batch",)) - 1, 0)[:, None]
     here_PT = jnp.arange(hidden_PTD.shape[1])[None] == last_P1
-    hidden_P1D = jnp.where(here_PT[:, :, None], hidden_PTD, 0).sum(axis=1, keepdims=True).astype(hidden_PTD.dtype)
+    hidden_P1D = (
+        jnp.where(here_PT[:, :, None], hidden_PTD, 0).sum(axis=1, keepdims=True).astype(hidden_PTD.dtype)
+    )
     return place(logits(hidden_P1D, params, model), ("batch", None, None))[:, 0]
 
 
-@functools.partial(jax.jit, donate_argnames="target")
+@jax.jit
+def _copy(cache: Cache) -> Cache:
+    return jax.tree.map(jnp.copy, cache)
+
+
+@jax.jit
 def _copy_row(target: Cache, slot: int, source: Cache, row: int) -> Cache:
     return copy_row(target, jnp.asarray(slot), source, jnp.asarray(row))
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
-def _admit(
-    slots: _Slots, slot: int, source: Cache, logits_PV: Array, row: int, seen_V: Array
-) -> _Slots:
+def _admit(slots: _Slots, slot: int, source: Cache, logits_PV: Array, row: int, seen_V: Array) -> _Slots:
     """A prefilled row moves into a slot."""
     slot, row = jnp.asarray(slot), jnp.asarray(row)
     return _Slots(
@@ -686,7 +726,7 @@ def _first_tokens(slots: _Slots, settings: Settings) -> tuple[Array, Array]:
     return _drawn(slots.logits_SV, slots.seen_SV, slots.cache.lengths_B, settings)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_length", "look_every_tokens"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=(*_STATICS, "look_every_tokens"), donate_argnames="slots")
 def _decode(
     params: Params,
     slots: _Slots,
@@ -696,16 +736,16 @@ def _decode(
     num_steps: Int[Array, ""],
     model: ModelConfig,
     max_length: int,
+    impl: str,
     look_every_tokens: int,
 ) -> tuple[_Slots, tuple[Int[Array, "I S"], Float[Array, "I S"]]]:
     """`num_steps` tokens for each slot that has as many remaining; `token_S` are the last ones, not yet cached."""
-    slot_S = jnp.arange(token_S.shape[0])[:, None]
     vocab_V = jnp.arange(slots.seen_SV.shape[1])[None]
 
     def step(i: Array, state: Any) -> Any:
         slots, token_S, tokens_IS, logprobs_IS = state
         num_new_S = (i < remaining_S).astype(jnp.int32)
-        hidden_S1D, cache = _extend(params, slots.cache, token_S[:, None], num_new_S, model, max_length)
+        hidden_S1D, cache = _extend(params, slots.cache, token_S[:, None], num_new_S, model, max_length, impl)
         seen_SV = slots.seen_SV | (place(token_S, ("batch",))[:, None] == vocab_V)
         logits_SV = place(logits(hidden_S1D, params, model), ("batch", None, None))[:, 0]
         token_S, logprob_S = _drawn(logits_SV, seen_SV, cache.lengths_B, settings)
@@ -774,6 +814,4 @@ def sample_texts(params: Params, model: ModelConfig, tokenizer: Tokenizer, confi
     )
     generator = Generator(params, model, sizes, tokenizer=tokenizer)
     completions = generator.generate(requests)
-    return [
-        tokenizer.decode([*ids, *c.ids]) for ids, c in zip(prompts, completions, strict=True)
-    ]
+    return [tokenizer.decode([*ids, *c.ids]) for ids, c in zip(prompts, completions, strict=True)]

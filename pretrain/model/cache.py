@@ -8,6 +8,7 @@ Letters as in layers.py; S entries of a layer's cache, K its key-value heads on 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,9 +20,16 @@ from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
 from pretrain.kernels.attention.decode import decode_attention
-from pretrain.model.layers import look_up
-from pretrain.model.transformer import LayerKind, ModelConfig, Params, block_definition, final_hidden, param_specs
-from pretrain.sharding import activation_spec, axis_names, current_mesh, place, use_weight
+from pretrain.model.layers import ParamSpec, look_up
+from pretrain.model.transformer import (
+    LayerKind,
+    ModelConfig,
+    Params,
+    block_definition,
+    final_hidden,
+    param_specs,
+)
+from pretrain.sharding import Dims, activation_spec, axis_names, current_mesh, place, use_weight
 
 
 @jax.tree_util.register_dataclass
@@ -87,25 +95,33 @@ def _zeros(shape: tuple[int, ...], dtype: Any, dims: tuple[str | None, ...]) -> 
 def decoding_params(params: Params, model: ModelConfig) -> Params:
     """Parameters as `extend` wants them: layers apart, in the compute dtype, laid out for use.
 
-    They are copies: every device holds the whole model, or its part of the tensor axis.
+    They are copies: every device holds the whole model, or its part of the tensor axis. Not to be traced.
     """
 
-    def used(spec: Any, weight: Array, dims: tuple[str | None, ...]) -> Array:
-        # Norm scales stay float32, as in training.
-        return use_weight(weight, dims, weight.dtype if spec.role == "vector" and dims == (None,) else model.dtype)
+    def used(spec: ParamSpec, weight: Array, layer: int | None) -> Array:
+        # Norms and routers compute in float32, as in training.
+        dtype = weight.dtype if spec.role == "vector" else jnp.dtype(model.dtype)
+        return _used(weight, None if layer is None else jnp.int32(layer), spec.dims, dtype)
+
+    def tree(name: str, layer: int | None = None) -> Any:
+        return jax.tree.map(
+            lambda s, w: used(s, w, layer),
+            specs[name],
+            params[name],
+            is_leaf=lambda x: isinstance(x, ParamSpec),
+        )
 
     specs = param_specs(params)
-    leaf = lambda x: hasattr(x, "role")
-    whole = {
-        name: jax.tree.map(lambda s, w: used(s, w, s.dims), specs[name], params[name], is_leaf=leaf)
-        for name in params
-        if name != "blocks"
-    }
-    layers = tuple(
-        jax.tree.map(lambda s, w, i=i: used(s, w[i], s.dims[1:]), specs["blocks"], params["blocks"], is_leaf=leaf)
-        for i in range(model.num_layers)
-    )
-    return {**whole, "layers": layers}
+    whole = {name: tree(name) for name in params if name != "blocks"}
+    return {**whole, "layers": tuple(tree("blocks", i) for i in range(model.num_layers))}
+
+
+@functools.partial(jax.jit, static_argnames=("dims", "dtype"))
+def _used(weight: Array, layer: Array | None, dims: Dims, dtype: Any) -> Array:
+    """One layer of a stack, or all of a weight; a program for each shape and not for each layer."""
+    if layer is not None:
+        weight, dims = jax.lax.dynamic_index_in_dim(weight, layer, axis=0, keepdims=False), dims[1:]
+    return use_weight(weight, dims, dtype)
 
 
 def extend(
@@ -116,6 +132,7 @@ def extend(
     cache: Cache,
     *,
     max_length: int,
+    attention_impl: str = "auto",
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden vectors before the head of the first num_new_B[b] tokens of each row, which join the cache.
 
@@ -130,15 +147,19 @@ def extend(
     if model.embed_scale:
         x_BTD = x_BTD * jnp.asarray(math.sqrt(model.width), x_BTD.dtype)
     tables_of = {
-        kind.rope: kind.rope.tables(positions_BT, model.head_width, max_length) for kind in model.layer_pattern
+        kind.rope: kind.rope.tables(positions_BT, model.head_width, max_length)
+        for kind in model.layer_pattern
     }
     definition = block_definition(model)
     keys, values = [], []
     for i, layer in enumerate(params["layers"]):
         kind = model.kind(i)
+        serve = functools.partial(
+            decode_attention, spec=model.spec(kind), max_length=max_length, impl=attention_impl
+        )
 
-        def attend(q: Array, k: Array, v: Array, i: int = i, kind: LayerKind = kind) -> Array:
-            o, new_k, new_v = _attend(q, k, v, cache.k[i], cache.v[i], starts_B, lengths_B, model, kind)
+        def attend(q: Array, k: Array, v: Array, i: int = i, serve: Any = serve) -> Array:
+            o, new_k, new_v = _attend(q, k, v, cache.k[i], cache.v[i], starts_B, lengths_B, serve)
             keys.append(new_k)
             values.append(new_v)
             return o
@@ -147,17 +168,13 @@ def extend(
     return final_hidden(x_BTD, params, model), Cache(tuple(keys), tuple(values), lengths_B)
 
 
-def _attend(q, k, v, cache_k, cache_v, starts_B, lengths_B, model: ModelConfig, kind: LayerKind):
+def _attend(q, k, v, cache_k, cache_v, starts_B, lengths_B, serve):
     """Write the new keys and values, then attend; on a mesh each device to its rows and heads."""
-    spec = model.spec(kind)
 
     def local(q, k, v, cache_k, cache_v, starts_B, lengths_B):
         cache_k = append(cache_k, k, starts_B, lengths_B)
         cache_v = append(cache_v, v, starts_B, lengths_B)
-        compute = q.dtype
-        o = decode_attention(
-            q, cache_k.astype(compute), cache_v.astype(compute), starts_B, lengths_B, spec=spec
-        )
+        o = serve(q, cache_k, cache_v, starts_B, lengths_B)
         return o, cache_k, cache_v
 
     arguments = (q, k, v, cache_k, cache_v, starts_B, lengths_B)

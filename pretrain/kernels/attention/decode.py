@@ -14,15 +14,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
+from pretrain.kernels.attention.api import Choice, Problem, attention, choose, target
 from pretrain.kernels.attention.math import MASKED
 from pretrain.kernels.attention.plan import AttentionSpec
 from pretrain.kernels.attention.reference import score_scale
 
 # Keys in a block: the granularity of the work.
 BLOCK_KEYS = 128
+# What serves a cache; in the order in which `auto` asks, but for tpu_interpret, which is taken by name only.
+IMPLEMENTATIONS = ("pallas_tpu", "xla", "tpu_interpret")
 
 
-def held_positions(lengths_B: Int[Array, " B"], first: int | Array, count: int, size: int) -> Int[Array, "B C"]:
+def held_positions(
+    lengths_B: Int[Array, " B"], first: int | Array, count: int, size: int
+) -> Int[Array, "B C"]:
     """The text position in each of the entries [first, first + count) of a ring of `size`; negative where none."""
     entry_C = first + jnp.arange(count, dtype=jnp.int32)
     newest_B1 = lengths_B[:, None] - 1
@@ -37,14 +42,80 @@ def decode_attention(
     lengths_B: Int[Array, " B"],
     *,
     spec: AttentionSpec,
+    max_length: int,
+    impl: str = "auto",
     block_keys: int = BLOCK_KEYS,
 ) -> Float[Array, "B T N H"]:
     """Query t of row b stands at position starts_B[b] + t and sees the positions up to itself.
 
-    `lengths_B` counts the positions that a row has been given, the queries' own keys included. A row of length 0
-    gives zeros. Softmax is in float32.
+    `lengths_B` counts the positions that a row has been given, the queries' own keys included; none passes
+    `max_length`. A row of length 0 gives zeros, or numbers that mean nothing. Softmax is in float32.
+
+    Raises:
+      ConfigError: shapes that do not belong together, all faults at once.
+      NotImplementedError: an implementation asked for by name cannot do this.
     """
-    _check(q_BTNH, k_BKSH, v_BKSH, spec)
+    _check(q_BTNH, k_BKSH, v_BKSH, spec, max_length, impl)
+    choice = choose_decode(q_BTNH, k_BKSH, spec, max_length, impl)
+    if choice.impl == "xla":
+        return _by_blocks(q_BTNH, k_BKSH, v_BKSH, starts_B, lengths_B, spec, block_keys)
+    k_BSKH, v_BSKH = (jnp.swapaxes(x, 1, 2).astype(q_BTNH.dtype) for x in (k_BKSH, v_BKSH))
+    return attention(q_BTNH, k_BSKH, v_BSKH, spec=spec, q_offset=starts_B, impl=choice.impl)
+
+
+def choose_decode(
+    q_BTNH: jax.ShapeDtypeStruct | Array,
+    k_BKSH: jax.ShapeDtypeStruct | Array,
+    spec: AttentionSpec,
+    max_length: int,
+    impl: str = "auto",
+) -> Choice:
+    """Which implementation serves these shapes, and why the others do not; the kernels are those of `attention`.
+
+    Raises NotImplementedError with every reason when `impl` cannot do it.
+    """
+    platform, device_kind = target()
+    problem = Problem(
+        platform=platform,
+        device_kind=device_kind,
+        dtype=jnp.dtype(q_BTNH.dtype).name,
+        batch=q_BTNH.shape[0],
+        num_queries=q_BTNH.shape[1],
+        num_keys=k_BKSH.shape[2],
+        heads=q_BTNH.shape[2],
+        kv_heads=k_BKSH.shape[1],
+        width=q_BTNH.shape[3],
+        spec=spec,
+        offset="rows",
+    )
+    declined: dict[str, list[str]] = {}
+    for name in IMPLEMENTATIONS[:2] if impl == "auto" else (impl,):
+        if name == "xla":
+            return Choice(name, declined)
+        reasons = []
+        if k_BKSH.shape[2] < max_length:
+            reasons.append(f"reads keys in order, got a ring of {k_BKSH.shape[2]} for texts of {max_length}")
+        if not problem.decoding:
+            reasons.append("serves a few queries against a longer cache")
+        if not reasons:
+            try:
+                return Choice(choose(problem, name).impl, declined)
+            except NotImplementedError as error:
+                reasons.append(str(error))
+        declined[name] = reasons
+    raise NotImplementedError(f"decode attention impl={impl!r} cannot do this: {'; '.join(declined[impl])}")
+
+
+def _by_blocks(
+    q_BTNH: Array,
+    k_BKSH: Array,
+    v_BKSH: Array,
+    starts_B: Array,
+    lengths_B: Array,
+    spec: AttentionSpec,
+    block_keys: int,
+) -> Array:
+    """The softmax is carried from block to block of keys; the loop ends with the longest row."""
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     block = min(block_keys, S)
@@ -57,12 +128,15 @@ def decode_attention(
         # The last block of a cache that blocks do not divide starts earlier and leaves out what was seen.
         first = jnp.minimum(i * block, S - block)
         k, v = (lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (k_BKSH, v_BKSH))
+        k, v = k.astype(q_BKXH.dtype), v.astype(q_BKXH.dtype)
         scores = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k, preferred_element_type=jnp.float32) * scale
         if spec.softcap is not None:
             scores = spec.softcap * jnp.tanh(scores / spec.softcap)
         held_BS = held_positions(lengths_B, first, block, S)
         fresh_S = first + jnp.arange(block, dtype=jnp.int32) >= i * block
-        seen_BXS = (held_BS >= 0)[:, None] & (held_BS[:, None] <= position_BX[:, :, None]) & fresh_S[None, None]
+        seen_BXS = (
+            (held_BS >= 0)[:, None] & (held_BS[:, None] <= position_BX[:, :, None]) & fresh_S[None, None]
+        )
         if spec.window is not None:
             seen_BXS &= held_BS[:, None] > position_BX[:, :, None] - spec.window
         seen = seen_BXS[:, None]
@@ -75,11 +149,23 @@ def decode_attention(
 
     zero = jnp.zeros((*q_BKXH.shape[:3], 1), jnp.float32)
     state = _varying_like(q_BTNH, (zero + MASKED, zero, jnp.zeros(q_BKXH.shape, jnp.float32)))
-    num_blocks = (jnp.minimum(lengths_B.max(), S) + block - 1) // block
-    _, total, o = lax.fori_loop(0, num_blocks, visit, state)
+    first, last = _blocks_to_visit(starts_B, lengths_B, spec.window, S, block)
+    _, total, o = lax.fori_loop(first, last, visit, state)
     o_BKXH = o / jnp.where(total > 0, total, 1.0)
     o_BKTGH = o_BKXH.reshape(B, K, T, N // K, H)
     return o_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _blocks_to_visit(
+    starts_B: Array, lengths_B: Array, window: int | None, size: int, block: int
+) -> tuple[Array | int, Array]:
+    """From the first block that a window reaches (a ring that has come round: from its beginning) to the last held."""
+    longest = lengths_B.max()
+    last = (jnp.minimum(longest, size) + block - 1) // block
+    if window is None:
+        return 0, last
+    reached_B = jnp.where(lengths_B > 0, jnp.maximum(starts_B - window + 1, 0), size)
+    return jnp.where(longest > size, 0, jnp.minimum(reached_B.min() // block, last)), last
 
 
 def _varying_like(x: Array, tree):
@@ -88,15 +174,26 @@ def _varying_like(x: Array, tree):
     return jax.tree.map(lambda a: lax.pcast(a, axes, to="varying") if axes else a, tree)
 
 
-def _check(q_BTNH, k_BKSH, v_BKSH, spec: AttentionSpec) -> None:
+def _check(q_BTNH, k_BKSH, v_BKSH, spec: AttentionSpec, max_length: int, impl: str) -> None:
     faults = []
+    q, k, v = (tuple(x.shape) for x in (q_BTNH, k_BKSH, v_BKSH))
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        faults.append(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if not spec.causal:
         faults.append("decoding is causal, got causal=False; use attention() for two-sided rows")
-    if k_BKSH.shape != v_BKSH.shape:
-        faults.append(f"k and v must have one shape, got {k_BKSH.shape} and {v_BKSH.shape}")
-    if q_BTNH.shape[0] != k_BKSH.shape[0] or q_BTNH.shape[3] != k_BKSH.shape[3]:
-        faults.append(f"q [B, T, N, H] and k [B, K, S, H] must agree in B and H, got {q_BTNH.shape} and {k_BKSH.shape}")
-    if q_BTNH.shape[2] % k_BKSH.shape[1]:
-        faults.append(f"query heads must be a multiple of key-value heads, got {q_BTNH.shape[2]} and {k_BKSH.shape[1]}")
+    if k != v:
+        faults.append(f"k and v must have one shape, got {k} and {v}; pad the narrower")
+    if q[0] != k[0] or q[3] != k[3]:
+        faults.append(f"q [B, T, N, H] and k [B, K, S, H] must agree in B and H, got {q} and {k}")
+    if q[2] % k[1]:
+        faults.append(
+            f"query heads must be a multiple of key-value heads, got {q[2]} and {k[1]}; repeat the latter"
+        )
+    needed = max_length if spec.window is None else min(max_length, spec.window + q[1] - 1)
+    if k[2] < needed:
+        faults.append(
+            f"a cache must hold {needed} positions for texts of {max_length}, window {spec.window} and {q[1]} new "
+            f"tokens, got {k[2]}; make it longer"
+        )
     if faults:
         raise ConfigError(*faults)

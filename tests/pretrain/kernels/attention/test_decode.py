@@ -1,0 +1,139 @@
+"""Laws of decode attention: the definition on what a cache holds, work that follows the rows, bits that stay."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.config import ConfigError
+from pretrain.kernels.attention.decode import choose_decode, decode_attention, held_positions
+from pretrain.kernels.attention.plan import AttentionSpec
+from pretrain.kernels.attention.reference import definition
+
+B, H, BLOCK = 3, 8, 4
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def decode(q, k, v, starts, lengths, spec):
+    max_length = k.shape[2] if spec.window is None else 64
+    return decode_attention(q, k, v, starts, lengths, spec=spec, max_length=max_length, block_keys=BLOCK)
+
+
+def random_case(seed, *, heads, kv_heads, queries, entries, lengths):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(B, queries, heads, H)).astype(np.float32)
+    k, v = (rng.normal(size=(B, kv_heads, entries, H)).astype(np.float32) for _ in range(2))
+    lengths = np.array(lengths, np.int32)
+    return q, k, v, np.maximum(lengths - queries, 0).astype(np.int32), lengths
+
+
+def expected(q, k, v, starts, lengths, spec):
+    """The definition in float64, keys named by the position that the ring holds."""
+    held = np.asarray(held_positions(jnp.asarray(lengths), 0, k.shape[2], k.shape[2]))
+    position = starts[:, None] + np.arange(q.shape[1])
+    mask = (held[:, None] >= 0) & (held[:, None] <= position[:, :, None])
+    if spec.window is not None:
+        mask &= held[:, None] > position[:, :, None] - spec.window
+    with jax.enable_x64(True):
+        k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+        o, _ = definition(q, k, v, jnp.asarray(mask), None, spec, dtype=jnp.float64)
+        return np.asarray(o), mask.any(axis=2)
+
+
+@given(
+    seed=st.integers(0, 99),
+    shape=st.sampled_from([(4, 2, 1, 12), (4, 1, 1, 10), (2, 2, 3, 12)]),
+    lengths=st.lists(st.integers(1, 30), min_size=B, max_size=B),
+    variant=st.sampled_from([AttentionSpec(), AttentionSpec(window=5, softcap=2.0, scale=0.5)]),
+)
+@settings(max_examples=40)
+def test_decoding_equals_the_definition(seed, shape, lengths, variant):
+    """Lengths beyond the entries make rings; (4, 1, 1, 10) has a last block that blocks do not divide."""
+    heads, kv_heads, queries, entries = shape
+    if variant.window is None:
+        lengths = [min(n, entries) for n in lengths]
+    lengths = [max(n, queries) for n in lengths]
+    case = random_case(
+        seed, heads=heads, kv_heads=kv_heads, queries=queries, entries=entries, lengths=lengths
+    )
+    want, sees = expected(*case, variant)
+    got = np.asarray(decode(*case, variant))
+    np.testing.assert_allclose(got[sees], want[sees], rtol=0, atol=2e-6)
+
+
+def test_positions_of_a_ring():
+    held = np.asarray(held_positions(jnp.array([3, 4, 9, 0], jnp.int32), 0, 4, 4))
+    np.testing.assert_array_equal(held[:3], [[0, 1, 2, -1], [0, 1, 2, 3], [8, 5, 6, 7]])
+    assert (held[3] < 0).all()
+
+
+def test_blocks_behind_the_longest_row_are_not_read():
+    q, k, v, starts, lengths = random_case(0, heads=4, kv_heads=2, queries=1, entries=12, lengths=[3, 8, 1])
+    clean = np.asarray(decode(q, k, v, starts, lengths, AttentionSpec()))
+    k[:, :, 8:], v[:, :, 8:] = np.nan, np.nan
+    np.testing.assert_array_equal(np.asarray(decode(q, k, v, starts, lengths, AttentionSpec())), clean)
+
+
+def test_a_longer_neighbor_changes_no_bit():
+    q, k, v, starts, lengths = random_case(1, heads=4, kv_heads=2, queries=1, entries=12, lengths=[3, 5, 1])
+    before = np.asarray(decode(q, k, v, starts, lengths, AttentionSpec()))
+    lengths[1], starts[1] = 12, 11
+    after = np.asarray(decode(q, k, v, starts, lengths, AttentionSpec()))
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+    assert (after[1] != before[1]).any()
+
+
+def test_a_row_that_holds_nothing_gives_zeros():
+    case = random_case(2, heads=4, kv_heads=2, queries=1, entries=12, lengths=[0, 5, 0])
+    got = np.asarray(decode(*case, AttentionSpec()))
+    assert not got[[0, 2]].any()
+    assert np.isfinite(got).all()
+
+
+def test_blocks_before_the_window_are_not_read():
+    spec = AttentionSpec(window=3)
+    q, k, v, starts, lengths = random_case(3, heads=4, kv_heads=2, queries=1, entries=12, lengths=[11, 12, 0])
+    clean = np.asarray(decode(q, k, v, starts, lengths, spec))
+    k[:, :, :8], v[:, :, :8] = np.nan, np.nan
+    np.testing.assert_array_equal(np.asarray(decode(q, k, v, starts, lengths, spec))[:2], clean[:2])
+
+
+@pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec(window=100, softcap=5.0)])
+def test_the_tpu_kernel_reads_the_same_cache(spec):
+    q, k, v, starts, lengths = random_case(
+        4, heads=4, kv_heads=2, queries=1, entries=520, lengths=[1, 130, 520]
+    )
+    found = [
+        decode_attention(q, k, v, starts, lengths, spec=spec, max_length=520, impl=impl)
+        for impl in ("tpu_interpret", "xla")
+    ]
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=2e-6)
+
+
+def test_dispatch_says_why_and_a_name_never_falls_back():
+    q, k = (
+        jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.float32),
+        jax.ShapeDtypeStruct((2, 2, 1024, 64), jnp.float32),
+    )
+    choice = choose_decode(q, k, AttentionSpec(), 1024)
+    assert choice.impl == "xla"
+    assert "needs a TPU" in str(choice)
+    with pytest.raises(NotImplementedError, match="a ring of 1024 for texts of 2048"):
+        choose_decode(q, k, AttentionSpec(window=512), 2048, "tpu_interpret")
+
+
+def test_wrong_shapes_are_refused_all_at_once():
+    q, k, v = (
+        np.zeros((2, 1, 3, 8), np.float32),
+        np.zeros((2, 2, 4, 8), np.float32),
+        np.zeros((2, 2, 5, 8), np.float32),
+    )
+    rows = np.ones(2, np.int32)
+    with pytest.raises(ConfigError) as error:
+        decode_attention(q, k, v, rows, rows, spec=AttentionSpec(causal=False), max_length=9, impl="cuda")
+    words = ("impl must be", "causal", "one shape", "multiple", "must hold 9 positions")
+    assert [any(word in fault for fault in error.value.faults) for word in words] == [True] * 5
