@@ -31,9 +31,13 @@ class BatchSource(Protocol):
 
     def row_ids(self, step: int) -> Sequence[Any]: ...  # names of the rows of a batch, for the ledger
 
+    def report(self) -> dict[str, Any]: ...  # JSON: what is worth a line about the batch given last
+
     def state(self) -> dict[str, Any]: ...  # JSON: what beside the step a resumed run needs
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

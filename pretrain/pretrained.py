@@ -56,7 +56,7 @@ class Checkpoint:
         config = from_json(data["tokenizer"])
         if not config.trained:
             return config.build(data["root"], lambda max_bytes: iter(()))
-        folder = self._folder()
+        folder = self.folder()
         for root in (folder, *folder.parents[:2]):
             path = root / "tokenizer.json"
             if path.is_file():
@@ -71,14 +71,15 @@ class Checkpoint:
           ConfigError: `model` is another.
         """
         check_same_model(self.model_config(), model, self.path)
-        return restore_params(self._folder(), _laid_out(model, self.vocab_size(), mesh))
+        return restore_params(self.folder(), _laid_out(model, self.vocab_size(), mesh))
 
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """The checkpoint folder; `path` may be the run folder around it."""
         path = Path(self.path).absolute()
         return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
     def _config(self) -> Mapping[str, Any]:
-        folder = self._folder()
+        folder = self.folder()
         step = folder if (folder / MANIFEST).is_file() else None
         if step is None:
             steps = saved_steps(folder) if folder.is_dir() else []
@@ -132,7 +133,7 @@ def load_init(init: str | Pretrained, model: ModelConfig, tokenizer: Tokenizer, 
     """
     if isinstance(init, str):
         if not is_model_folder(init) and not init.endswith(".gguf"):
-            return restore_params(init, _laid_out(model, tokenizer.vocab_size, mesh))
+            return restore_params(Checkpoint(path=init).folder(), _laid_out(model, tokenizer.vocab_size, mesh))
         init = open_pretrained(init)
     check_same_tokenizer(init, tokenizer)
     return init.params(model, mesh)

@@ -190,6 +190,7 @@ def train(config: TrainConfig, *, name: str, trunk: Path | None = None) -> Train
             config, run, objective, mesh, optimizer, checkpointer, ledger, start_step, GoodputClock(seconds)
         )
         loop.batches.restore(batches_state)
+        stack.callback(loop.batches.close)
         stack.callback(loop.writers.close)
         stack.push(leave_if_lost)
         return loop.run_to(last_step, state)
@@ -250,7 +251,7 @@ class _Loop:
             Watchdog(report=self.run.root / "hang.txt") as watchdog,
             open_progress(num_steps=self.config.run.num_steps, start_step=step) as progress,
         ):
-            pending: dict[str, Any] | None = None
+            pending: tuple[Any, dict[str, Any]] | None = None
             while step < last_step and not signal.requested_anywhere():
                 with self.clock.phase("data_wait"):
                     batch = self.batches.next(step, state.params)
@@ -258,14 +259,14 @@ class _Loop:
                     state, metrics = self.train_step(state, batch)
                     # Read the metrics of the step before while this one runs: the device never waits for the host.
                     if pending is not None:
-                        self._record(step, pending, progress)
-                pending = metrics
+                        self._record(step, *pending, progress)
+                pending = metrics, self.batches.report()
                 step += 1
                 watchdog.beat(step)
                 due = step == last_step or _every(self.config.run.eval_every_steps, step)
                 save = step == last_step or self.checkpointer.due(step)
                 if due or save:
-                    self._record(step, pending, progress)
+                    self._record(step, *pending, progress)
                     pending = None
                 if due:
                     with watchdog.patience(3600):
@@ -274,7 +275,7 @@ class _Loop:
                     self._save(step, state)
                 self.checkpointer.poll()
             if pending is not None:
-                self._record(step, pending, progress)
+                self._record(step, *pending, progress)
             with watchdog.patience(3600):
                 self._save(step, state)
                 self.checkpointer.wait()
@@ -288,7 +289,9 @@ class _Loop:
             print("\n".join(summary["closing"]))
         return TrainResult(folder=self.run.root, steps=step, exit_code=0, summary=summary)
 
-    def _record(self, step: int, metrics: Mapping[str, Any], progress: ProgressView) -> None:
+    def _record(
+        self, step: int, metrics: Mapping[str, Any], report: Mapping[str, Any], progress: ProgressView
+    ) -> None:
         """Bring the metrics of finished step `step` to the host: ledger, line, progress."""
         values = jax.device_get(metrics)
         if not values["ok"]:
@@ -328,6 +331,7 @@ class _Loop:
             "tokens_per_second": rate,
             "mfu": self._mfu(rate),
             "seconds": self.clock.total_s(),
+            **report,
         }
         self.writers.write(step, "train", line)
         progress.update(step, loss=line["loss"], tokens_per_second=rate)

@@ -111,6 +111,10 @@ class RowBatches:
         labels = self._data.labels
         return [(labels[source], row) for source, row in self._steps.row_ids(step)]
 
+    def report(self) -> dict[str, Any]:
+        """Nothing beside what the loss says."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Nothing: the batch of a step is a function of config, tables and step."""
         return {}

@@ -1,0 +1,46 @@
+"""A small decoder that has met sums of two numbers and gets few of them right: where arithmetic_grpo.py starts.
+
+Command: python -m pretrain.main --config configs/rl/arithmetic_base.py
+"""
+
+from pretrain.checkpoint import CheckpointPolicy
+from pretrain.data.source import MemoryConfig, TextDocument
+from pretrain.data.tables import DataConfig
+from pretrain.generate import SampleConfig
+from pretrain.loss import LossConfig
+from pretrain.model.transformer import ModelConfig
+from pretrain.optim import AdamWConfig, OptimConfig, WarmupCosine
+from pretrain.rl.problem import ArithmeticConfig
+from pretrain.tokenizer import BytesConfig
+from pretrain.train import RunConfig, TrainConfig
+
+PROBLEMS = ArithmeticConfig(max_operand=99, num_train=4000, num_heldout=200)
+
+
+def get_config() -> TrainConfig:
+    documents = tuple(TextDocument(id=p.id, text=p.prompt + p.answer) for p in PROBLEMS.train())
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=3,
+            width=128,
+            num_heads=4,
+            num_kv_heads=4,
+            head_width=32,
+            hidden_width=384,
+            tied_head=True,
+            dtype="float32",
+            scan_layers=False,
+        ),  # fmt: skip
+        data=DataConfig(
+            sources=(MemoryConfig(name="sums", documents=documents),),
+            tokenizer=BytesConfig(),
+            row_length=64,
+            batch_rows=32,
+            heldout_percent=5.0,
+        ),
+        optim=OptimConfig(method=AdamWConfig(), peak_lr=2e-3, schedule=WarmupCosine(num_warmup_steps=20)),
+        loss=LossConfig(chunk_tokens=2048),
+        run=RunConfig(num_steps=400, log_every_steps=20, eval_every_steps=200),
+        checkpoint=CheckpointPolicy(every_steps=200),
+        sample=SampleConfig(prompts=("12+34=",), max_new_tokens=6),
+    )

@@ -1,0 +1,103 @@
+"""Rewards are computed in another process: one that hangs, dies or lies costs one sample and not the run."""
+
+import contextlib
+import dataclasses
+import math
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pretrain.rl.problem import Problem
+from pretrain.rl.reward import Reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """A finite reward, or None and the reason why the sample is dropped."""
+
+    reward: float | None
+    reason: str = ""
+
+
+class Grader:
+    """One worker process that grades in order; it is replaced when an item takes longer than `timeout_s` or kills it.
+
+    Use it as a context. The worker never meets parameters or devices.
+    """
+
+    def __init__(self, reward: Reward, *, timeout_s: float):
+        self._reward, self._timeout_s = reward, timeout_s
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def grade(self, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """One grade for each item, in order."""
+        grades: list[Grade] = []
+        while len(grades) < len(items):
+            connection = self._open()
+            try:
+                connection.send(list(items[len(grades) :]))
+                while len(grades) < len(items):
+                    if not connection.poll(self._timeout_s):
+                        grades.append(Grade(None, "timeout"))
+                        break
+                    grades.append(_checked(*connection.recv()))
+                else:
+                    return grades
+            except (EOFError, OSError):
+                grades.append(Grade(None, "died"))
+            self.close()
+        return grades
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            assert self._connection is not None
+            self._connection.close()
+            self._process = self._connection = None
+
+    def _open(self) -> Connection:
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")  # a fork would inherit the device's threads
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_work, args=(theirs, self._reward), daemon=True)
+            self._process.start()
+            theirs.close()
+            self._connection.send([])  # starting up is not the first item's time
+            self._connection.recv()
+        assert self._connection is not None
+        return self._connection
+
+
+def _checked(ok: bool, value: Any) -> Grade:
+    """A grade from what the worker sent."""
+    if not ok:
+        return Grade(None, "raised")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return Grade(None, "not a number")
+    return Grade(float(value)) if math.isfinite(value) else Grade(None, "not finite")
+
+
+def _work(connection: Connection, reward: Reward) -> None:
+    with contextlib.suppress(EOFError):  # the parent has gone
+        while True:
+            items = connection.recv()
+            if not items:
+                connection.send((True, 0.0))
+            for problem, text in items:
+                try:
+                    answer = (True, reward(problem, text))
+                except Exception as error:  # whatever a reward raises costs its sample alone
+                    answer = (False, repr(error)[:200])
+                if not isinstance(answer[1], (int, float, str)):
+                    answer = (True, "of another type")
+                connection.send(answer)

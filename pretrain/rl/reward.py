@@ -1,0 +1,101 @@
+"""Rewards as pure functions of a problem and a text; a text that plays with the checker earns nothing.
+
+Answers are numbers: they are read by a small grammar and compared as fractions. Nothing a model writes is evaluated.
+"""
+
+import dataclasses
+import re
+from fractions import Fraction
+from typing import Literal, Protocol
+
+from pretrain.config import ConfigError, stable_seed
+from pretrain.rl.problem import Problem
+
+
+class Reward(Protocol):
+    """A pure function; its values can be pickled, since it runs in a process of its own."""
+
+    def __call__(self, problem: Problem, text: str) -> float: ...
+
+
+_NUMBER = re.compile(
+    r"(?P<sign>[-+\u2212]?)\$?(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?:\.(?P<decimals>\d+))?(?:/(?P<below>\d+))?(?P<percent>%?)"
+)
+# Longer numbers are no answers to problems of this kind, and cost time without end.
+_MAX_CHARACTERS = 40
+
+
+def read_number(text: str) -> Fraction | None:
+    """The number that `text` is: digits with or without thousands commas, decimals, a/b, percent; else None."""
+    text = text.strip().rstrip(".").strip()
+    found = _NUMBER.fullmatch(text) if 0 < len(text) <= _MAX_CHARACTERS and text.isascii() else None
+    if found is None or (found["whole"] is None and found["decimals"] is None):
+        return None
+    if found["below"] is not None and (found["decimals"] is not None or int(found["below"]) == 0):
+        return None
+    value = Fraction((found["whole"] or "0").replace(",", ""))
+    if found["decimals"] is not None:
+        value += Fraction(int(found["decimals"]), 10 ** len(found["decimals"]))
+    if found["below"] is not None:
+        value /= int(found["below"])
+    if found["percent"]:
+        value /= 100
+    return -value if found["sign"] == "-" else value
+
+
+def _whole(text: str) -> str | None:
+    return text
+
+
+def _after_hashes(text: str) -> str | None:
+    """What follows the only `####`, up to the end of its line."""
+    parts = text.split("####")
+    return parts[1].split("\n")[0] if len(parts) == 2 else None
+
+
+def _boxed(text: str) -> str | None:
+    r"""The content of the only \boxed{..}; several boxes are no answer."""
+    parts = text.split("\\boxed{")
+    if len(parts) != 2:
+        return None
+    depth = 1
+    for place, character in enumerate(parts[1]):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return parts[1][:place]
+    return None
+
+
+_PLACES = {"whole": _whole, "hashes": _after_hashes, "boxed": _boxed}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NumberReward:
+    """1 when the answer is the right number, `format_reward` when it is another number in the right place, else 0."""
+
+    place: Literal["whole", "hashes", "boxed"] = "whole"
+    format_reward: float = 0.0
+
+    def __post_init__(self):
+        if self.place not in _PLACES:
+            raise ConfigError(f"place must be one of {', '.join(_PLACES)}, got {self.place!r}")
+        if not 0 <= self.format_reward < 1:
+            raise ConfigError(f"format_reward must lie in [0, 1), got {self.format_reward}")
+
+    def __call__(self, problem: Problem, text: str) -> float:
+        answer = _PLACES[self.place](text)
+        value = None if answer is None else read_number(answer)
+        if value is None:
+            return 0.0
+        return 1.0 if value == read_number(problem.answer) else self.format_reward
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomReward:
+    """1 with a fixed chance, whatever the text: the control that must teach nothing."""
+
+    chance: float = 0.5
+    seed: int = 0
+
+    def __call__(self, problem: Problem, text: str) -> float:
+        return float(stable_seed("reward", self.seed, problem.id, text) < self.chance * 2**63)

@@ -1,0 +1,105 @@
+"""Rewards: numbers are compared as fractions, and texts that play with the checker earn nothing."""
+
+from fractions import Fraction
+
+import pytest
+
+from pretrain.config import ConfigError
+from pretrain.rl.problem import ArithmeticConfig, Problem, QuestionFileConfig
+from pretrain.rl.reward import NumberReward, RandomReward, read_number
+
+PROBLEM = Problem(id="p", prompt="?", answer="1,234.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", Fraction(12)),
+        (" -3.50 ", Fraction(-7, 2)),
+        ("1,234", Fraction(1234)),
+        ("$5", Fraction(5)),
+        ("3/4", Fraction(3, 4)),
+        ("50%", Fraction(1, 2)),
+        ("18.", Fraction(18)),
+        (".5", Fraction(1, 2)),
+    ],
+)
+def test_numbers_are_read(text, value):
+    assert read_number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ".",
+        "1 2",
+        "1,23",
+        "3/0",
+        "1/2/3",
+        "1.5/2",
+        "1e9",
+        "0x10",
+        "\u0661",
+        "__import__('os')",
+        "9" * 4000,
+        "nan",
+        "inf",
+        "12 apples",
+    ],
+)
+def test_what_is_no_number_is_none(text):
+    assert read_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "reward"),
+    [
+        ("whole", "1234.5", 1.0),
+        ("whole", "1234.5 1234.5", 0.0),
+        ("whole", "1234.5\n7", 0.0),
+        ("hashes", "so it is\n#### 1,234.50", 1.0),
+        ("hashes", "#### 1234.5\n#### 7", 0.0),
+        ("hashes", "1234.5", 0.0),
+        ("boxed", r"thus \boxed{2469/2}", 1.0),
+        ("boxed", r"\boxed{7} or \boxed{1234.5}", 0.0),
+        ("boxed", r"\boxed{1234.5", 0.0),
+        ("boxed", r"\boxed{exec(open('/etc/passwd').read())}", 0.0),
+        ("boxed", r"\boxed{\boxed{1234.5}}", 0.0),
+    ],
+)
+def test_only_one_answer_in_its_place_counts(place, text, reward):
+    assert NumberReward(place=place)(PROBLEM, text) == reward
+
+
+def test_a_wrong_number_in_the_right_place_earns_the_format_reward():
+    reward = NumberReward(format_reward=0.1)
+    assert [reward(PROBLEM, text) for text in ("1234.5", "7", "seven")] == [1.0, 0.1, 0.0]
+
+
+def test_a_random_reward_looks_at_no_answer():
+    rewards = [RandomReward(chance=0.25)(PROBLEM, str(i)) for i in range(2000)]
+    assert set(rewards) == {0.0, 1.0}
+    assert 0.2 < sum(rewards) / 2000 < 0.3
+    assert rewards == [RandomReward(chance=0.25)(PROBLEM, str(i)) for i in range(2000)]
+
+
+def test_arithmetic_is_right_and_its_halves_are_apart():
+    config = ArithmeticConfig(max_operand=9, operators=("+", "-"), num_train=150, num_heldout=50)
+    train, heldout = config.train(), config.heldout()
+    assert len({p.id for p in train} | {p.id for p in heldout}) == 200
+    for problem in (*train, *heldout):
+        assert eval(problem.prompt.rstrip("=")) == int(problem.answer)
+    with pytest.raises(ConfigError, match="together at most 200"):
+        ArithmeticConfig(max_operand=9, operators=("+", "-"), num_train=151, num_heldout=50)
+
+
+def test_question_files_are_read_and_a_broken_line_is_named(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "1+1?", "answer": "two\\n#### 2"}\n')
+    config = QuestionFileConfig(train_path=str(path), heldout_path=str(path))
+    assert [p.answer for p in config.train()] == ["2"]
+    assert config.train()[0].prompt == "Question: 1+1?\nAnswer:"
+    path.write_text('{"question": "1+1?"}\n')
+    with pytest.raises(ConfigError, match=r"q\.jsonl:1"):
+        config.train()
