@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -285,7 +286,8 @@ KILLED = """
 import json, os, pathlib, sys, time
 sys.path[:0] = {paths!r}
 from test_models import RuleConfig, ModelIdeas, diff, open_env, play
-from research_env.sandbox.ladder import probe
+from research_env.sandbox.cgroup import find_hierarchies
+from research_env.sandbox.ladder import Isolation
 
 def rule(request):
     with open({calls!r}, "a") as file:  # the server's account of what was asked
@@ -295,7 +297,7 @@ def rule(request):
         return f"Width {{64 + request.seed % 100}}."
     return diff("WIDTH = 64", f"WIDTH = {{65 + request.seed % 100}}")
 
-with open_env(pathlib.Path({folder!r}), probe("unshare")) as env:
+with open_env(pathlib.Path({folder!r}), Isolation("unshare", (), find_hierarchies())) as env:
     arm = play(env, ModelIdeas(models=(RuleConfig(rule=rule),), num_samples=2, num_revisions=0), {count})
     print(json.dumps([[t.node.id, t.result.status.value, t.result.metric] for t in arm.told]))
 """
@@ -324,9 +326,12 @@ def test_fifty_kills_of_the_supervisor_lose_no_row_and_pay_for_no_call_twice(tmp
     ledger_file = tmp_path / "killed" / "ledger.sqlite"
     while num_kills < 50:
         process = start("killed")
-        target = len(done) + (1 if num_kills % 4 else 0)
-        while process.poll() is None and _num_calls(tmp_path / "killed.calls") < 2 * target + num_kills % 3:
-            os.sched_yield()
+        # Some calls later, then some milliseconds later: asking, recording, running and judging are all hit.
+        target = _num_calls(tmp_path / "killed.calls") + 1 + num_kills % 3
+        while process.poll() is None and _num_calls(tmp_path / "killed.calls") < target:
+            time.sleep(0.005)
+        time.sleep(0.03 * (num_kills % 8))
+        assert process.poll() is None, "the campaign is long enough for all kills"
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         num_kills += 1
