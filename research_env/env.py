@@ -138,6 +138,8 @@ class AIResearchEnv:
         arm: str = "",
         key: str = "",
         epoch: int = 0,
+        tokens: int = 0,
+        cost_usd: float = 0.0,
     ) -> "Candidate":
         """Read a diff against node `base` (the baseline when empty) into a candidate, good or refused."""
         base_tree = self.tree_of(self.ledger.node(base)) if base else self.task.baseline
@@ -148,6 +150,8 @@ class AIResearchEnv:
             "arm": arm,
             "key": key,
             "epoch": epoch,
+            "tokens": tokens,
+            "cost_usd": cost_usd,
         }
         try:
             tree, _ = read_change(text, base_tree, self.task.policy)

@@ -218,6 +218,14 @@ class Ledger:
             ).fetchone()
         return None if row is None else row[0]
 
+    def price(self, key: str) -> tuple[int, float]:
+        """Tokens and dollars of an answered call."""
+        with self._mutex:
+            row = self._db.execute(
+                "select tokens_in + tokens_out, cost_usd from calls where key = ?", (key,)
+            ).fetchone()
+        return row[0], row[1]
+
     def ask(
         self, key: str, model: str, prompt_hash: str, *, tokens_in: int, tokens_out: int, cost_usd: float
     ) -> None:

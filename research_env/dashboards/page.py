@@ -39,8 +39,11 @@ def write_page(ledger: Ledger, task: Task, path: Path, summary: Mapping[str, Any
         f"<h1>Research on {_text(task.name)}</h1><p>{_text(task.description)}</p>",
         _headline(summary),
         "<h2>Best so far</h2><div class='charts'>",
-        _chart(task, arms, "evaluations", lambda result: 1.0, summary),
-        _chart(task, arms, "device-seconds", lambda result: result.device_s, summary),
+        _chart(task, arms, "evaluations", lambda node, result: 1.0, summary),
+        _chart(task, arms, "device-seconds", lambda node, result: result.device_s, summary),
+        _chart(task, arms, "dollars", lambda node, result: node.cost_usd, summary)
+        if any(node.cost_usd for items in arms.values() for node, _ in items)
+        else "<p class='note'>No model was paid, so there is no curve against dollars.</p>",
         "</div>",
         "<h2>Arms</h2>",
         _table(summary.get("arms", [])),
@@ -121,8 +124,8 @@ def _chart(
     lines: dict[str, list[tuple[float, float]]] = {}
     for arm, items in arms.items():
         x, best, points = 0.0, None, []
-        for _, result in items:
-            x += cost(result)
+        for node, result in items:
+            x += cost(node, result)
             if result.better_than(best):
                 best = result.metric
             if best is not None:
@@ -205,6 +208,21 @@ def _lineage(arms: Mapping[str, Sequence[tuple[Node, Result]]]) -> str:
     return "".join(parts)
 
 
+def _sparkline(curve: Sequence[tuple[float, float]]) -> str:
+    """The loss that a run streamed, as a small line: advice, never the score."""
+    steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
+    right, low, high = max(steps) or 1.0, min(losses), max(losses)
+    points = " ".join(
+        f"{step / right * 230:.1f},{4 + (high - loss) / ((high - low) or 1.0) * 40:.1f}"
+        for step, loss in curve
+    )
+    return (
+        f"<p class='note'><svg width='236' height='50' role='img' aria-label='streamed loss'><polyline fill='none' "
+        f"stroke='{COLORS[0]}' stroke-width='1.5' points='{points}'/></svg> streamed loss, advice and never the score: "
+        f"{losses[0]:.4g} to {losses[-1]:.4g} at step {steps[-1]:.0f}</p>"
+    )
+
+
 def _candidate(node: Node, result: Result, verdict: Mapping[str, Any] | None, task: Task) -> str:
     style = "ok" if result.metric is not None else "bad"
     metric = result.status.value if result.metric is None else f"{result.metric:.4f}"
@@ -222,8 +240,7 @@ def _candidate(node: Node, result: Result, verdict: Mapping[str, Any] | None, ta
     )
     parts.append(f"<pre>{_text(node.diff)}</pre>")
     if result.curve:
-        steps = ", ".join(f"{step:.0f}: {loss:.4g}" for step, loss in result.curve[-20:])
-        parts.append(f"<p class='note'>streamed loss (advice, never the score): {steps}</p>")
+        parts.append(_sparkline(result.curve))
     if result.status.shows_log and result.log_tail:
         parts.append(f"<pre>{_text(result.log_tail)}</pre>")
     return "".join(parts) + "</details>"

@@ -52,6 +52,7 @@ class Asker:
         self._ledger, self._config, self._budget = ledger, config, budget
         self._attempts, self._first_wait_s = attempts, first_wait_s
         self.identity = canonical_json(dict(config.identity()))
+        self._used: set[str] = set()
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers in order; recorded ones cost nothing, the others are asked for at once.
@@ -78,7 +79,14 @@ class Asker:
                     tokens_out=usage.completion_tokens, cost_usd=cost_usd(self._config, usage),
                 )  # fmt: skip
             asyncio.run(self._send(new))
+        self._used |= set(keys)
         return [self._read(key) for key in keys]
+
+    def bill(self) -> tuple[int, float]:
+        """Tokens and dollars of the calls since the last bill; a replay finds the same."""
+        prices = [self._ledger.price(key) for key in sorted(self._used)]
+        self._used.clear()
+        return sum(tokens for tokens, _ in prices), sum(usd for _, usd in prices)
 
     async def _send(self, requests: dict[str, Request]) -> None:
         llm = RetryingLLM(self._config.build(), attempts=self._attempts, first_wait_s=self._first_wait_s)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from research_env.env import AIResearchEnv, Candidate
 from research_env.executor.implement import implement
@@ -92,19 +92,16 @@ class ModelMaker:
             asker, self._ideas, key=name, exploits=proposal.kind == "exploit", task=self._task, code=self._code,
             shown=self._results(names),
         )  # fmt: skip
-        common = {
-            "operator": json.loads(asker.identity).get("model", "model"),
-            "arm": self._arm,
-            "parents": names[:1],
-        }
+        operator = json.loads(asker.identity).get("model", "model")
+        common = {"operator": operator, "arm": self._arm, "parents": names[:1], "key": f"{self._arm}:{key}"}
         if answer.refusal or not answer.text.strip():
             reason = answer.refusal or "the model gave no idea"
-            return env.add(f"no idea: {reason}", idea=reason, key=f"{self._arm}:{key}", **common)
+            return self._add(f"no idea: {reason}", idea=reason, **common)
         written = implement(
             self._writer or asker, self._ideas, key=name, idea=answer.text, task=self._task, code=self._code,
             base=env.task.baseline, policy=env.task.policy,
         )  # fmt: skip
-        return env.add(written.text or written.reason, idea=answer.text, key=f"{self._arm}:{key}", **common)
+        return self._add(written.text or written.reason, idea=answer.text, **common)
 
     def repair(self, proposal: Proposal, candidate: Candidate, result: Result, turn: int) -> Candidate | None:
         """A new diff for a crash, up to `num_repairs` times; what never applied had its revisions already."""
@@ -116,7 +113,7 @@ class ModelMaker:
             asker, self._ideas, node, result, key=f"{self._seed}:{node.key}:{turn}", code=self._code,
             base=self._env.task.baseline, policy=self._env.task.policy,
         )  # fmt: skip
-        return self._env.add(
+        return self._add(
             written.text or written.reason, idea=node.idea, operator=node.operator, parents=(node.id,), arm=self._arm,
             key=f"{node.key}/repair{turn}",
         )  # fmt: skip
@@ -125,6 +122,13 @@ class ModelMaker:
         """The bandit learns whose ideas improve."""
         for item in told:
             self._bandit.tell(self._chosen[item.proposal.key], float(item.gain is not None and item.gain > 0))
+
+    def _add(self, text: str, **fields: Any) -> Candidate:
+        """A candidate that carries what the calls for it cost."""
+        askers = self._askers if self._writer is None else [*self._askers, self._writer]
+        bills = [asker.bill() for asker in askers]
+        tokens, usd = sum(tokens for tokens, _ in bills), sum(usd for _, usd in bills)
+        return self._env.add(text, tokens=tokens, cost_usd=usd, **fields)
 
     def _results(self, names: Sequence[str]) -> list[tuple[Node, Result]]:
         wanted = set(names)

@@ -1,12 +1,16 @@
 """Campaigns: a resumed one equals the uninterrupted one, and the page shows hostile text as text."""
 
+import html
+import io
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from research_env.dashboards.live import LiveTable
 from research_env.dashboards.page import write_page
 from research_env.diff import PathPolicy, read_change
 from research_env.ideator.mutate import MutationIdeas, cross
@@ -15,10 +19,11 @@ from research_env.main import main
 from research_env.novelty import jaccard, syntax_digest, words
 from research_env.records import Node, Result, Status
 from research_env.search.islands import Islands
-from research_env.search.proposal import Told
+from research_env.search.proposal import Proposal, Told
 from research_env.search.tree import Tree
 from research_env.task import open_task
 
+_OK = Result(status=Status.OK, metric=0.8, device_s=2.0)
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\x1b[2J\ud800"
 TREE = {
     "model.py": b'"""Doc."""\nRATE = 0.1\nON = False\nACT = "tanh"  # tanh, relu\nSIZE = 64\nf(depth=4)\n'
@@ -100,16 +105,20 @@ def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys):
     assert "must be a folder or one of" in capsys.readouterr().err
 
 
-def _hostile_page(tmp_path: Path) -> Path:
+def _page(tmp_path: Path, text: str) -> Path:
+    """A page whose every foreign field is `text`."""
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    node = ledger.add_node(Node(id=HOSTILE[:60], idea=HOSTILE, diff=HOSTILE, operator=HOSTILE))
+    node = ledger.add_node(Node(id=text[:60], idea=text, diff=text, operator=text, cost_usd=0.01))
     ledger.enqueue("k", node=node.id, purpose="screen", tree="", seed=0, rung=1.0, resource="1xCPU")
     ledger.start("k")
-    ledger.finish("k", Result(status=Status.RUN_CRASH, reason=HOSTILE, log_tail=HOSTILE, isolation=HOSTILE))
-    ledger.note("told", HOSTILE[:50], json.dumps({"node": node.id, "run": "k"}))
+    curve = ((1, 3.0), (2, 2.0))
+    ledger.finish(
+        "k", Result(status=Status.RUN_CRASH, reason=text, log_tail=text, isolation=text, curve=curve)
+    )
+    ledger.note("told", text[:50], json.dumps({"node": node.id, "run": "k"}))
     summary = {
-        "metric": HOSTILE, "baseline": 1.0, "sigma0": 0.1, "noise_repeats": 3, "isolation": HOSTILE, "winner": None,
-        "arms": [{"arm": HOSTILE}], "spent": ledger.spent(),
+        "metric": text, "baseline": 1.0, "sigma0": 0.1, "noise_repeats": 3, "isolation": text, "winner": None,
+        "arms": [{"arm": text}], "spent": ledger.spent(),
     }  # fmt: skip
     path = write_page(ledger, open_task("planted", tmp_path), tmp_path / "index.html", summary)
     ledger.close()
@@ -117,7 +126,7 @@ def _hostile_page(tmp_path: Path) -> Path:
 
 
 def test_hostile_text_stays_text(tmp_path):
-    page = _hostile_page(tmp_path).read_text()
+    page = _page(tmp_path, HOSTILE).read_text()
     assert "<script" not in page
     assert "<img" not in page
     assert "\x1b" not in page
@@ -125,16 +134,35 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_page_and_runs_nothing_in_it(tmp_path):
+@pytest.mark.parametrize("text", [HOSTILE, "Lower the rate & warm up for 20 < 30 steps."])
+def test_a_browser_shows_the_page_and_runs_nothing_in_it(tmp_path, text):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed")
-    page = _hostile_page(tmp_path)
+    page = _page(tmp_path, text)
     command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri(),
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri(),
     ]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "<title>planted</title>" in shown
-    assert "owned</title>" not in shown
-    assert "<svg" in shown
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert "<title>planted</title>" in shown, "a script changed the title, or the page did not load"
+    assert shown.count("<svg") == 4  # evaluations, device-seconds, dollars, the streamed loss
+    assert "<script" not in shown
+    assert "<img" not in shown
+    assert html.escape(text.split("\x1b")[0], quote=False) in shown.replace("&quot;", '"')
+
+
+def test_the_live_table_shows_hostile_ideas_as_text():
+    told = Told(
+        Proposal(key="k", kind="explore"), Node(id="n", idea=HOSTILE + "[bold]x[/bold]\n" * 3), _OK, 0.2
+    )
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200, color_system=None)
+    with LiveTable(console, metric="loss", baseline=1.0, num_candidates=9) as view:
+        view.told("greedy", told)
+    text = out.getvalue()
+    assert "1/9" in text
+    assert "+0.2000" in text
+    assert "\x1b[2J" not in text, "a control sequence of an idea reached the terminal"
+    assert "<script>" in text
