@@ -62,7 +62,7 @@ def _environment():
     return {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_a_command_names_a_module_and_overrides_that_are_there(line):
     words = shlex.split(line)
     assert words[:2] == ["python", "-m"]

@@ -1,6 +1,7 @@
 """The thesis page: stages are run as commands, joined by their files, and what is absent is said."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config import apply_overrides, load_config, to_json
 from pretrain.plots import Curve, Panel, draw
 from tools import thesis
 from tools.browse import find_browser, look
-from tools.thesis import STAGES, Stage, arms_section, main, markdown_parts
+from tools.thesis import STAGES, arms_section, main, markdown_parts
 
 PICTURE = draw([Panel(title="t", x_label="x", y_label="y", curves=[Curve(label="a", x=[0, 1], y=[1, 2])])])
 
@@ -137,11 +139,13 @@ def _alive(pid):
         return False
 
 
-def test_every_stage_names_a_verb_and_a_config_below_configs():
-    for stage in STAGES:
-        assert isinstance(stage, Stage)
-        assert stage.config.startswith("configs/")
-        assert stage.command(Path("w"))[1] == "--config"
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.key)
+def test_every_stage_names_a_verb_and_a_config_that_takes_its_folder(stage):
+    module, flag, config, override = stage.command(Path("w"))
+    assert importlib.util.find_spec(module)
+    assert flag == "--config"
+    changed = apply_overrides(load_config(thesis.ROOT / config), [override])
+    assert str(Path("w") / stage.key) in json.dumps(to_json(changed))
 
 
 @pytest.mark.slow
