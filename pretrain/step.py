@@ -205,6 +205,7 @@ def make_train_step(
     num_microbatches: int = 1,
     health: HealthConfig = HealthConfig(),
     learning_rate: Callable[[jax.Array], jax.Array] | None = None,
+    counts: Callable[[Batch], dict[str, jax.Array]] | None = None,
 ) -> OnMesh:
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated, do not touch it afterwards.
 
@@ -239,6 +240,8 @@ def make_train_step(
         }
         if sums.router is not None:
             metrics |= sums.router.metrics()
+        if counts is not None:
+            metrics |= counts(batch)
         if learning_rate is not None:
             metrics["learning_rate"] = learning_rate(state.step)
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, health=guard_state)

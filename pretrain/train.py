@@ -231,7 +231,12 @@ class _Loop:
             num_microbatches=config.run.num_microbatches,
             health=config.health,
             learning_rate=lambda step: config.optim.learning_rate(step, config.run.num_steps),
+            counts=lambda batch: flops.packed_counts(
+                config.model, batch.segment_ids_BT1[:, :-1], batch.positions_BT1[:, :-1]
+            ),
         )
+        self.step_flops: float | None = None  # what a step executes, known when it has been traced
+        self._packed = {"packed_tokens": 0.0, "packed_pairs": 0.0}  # since the last line
         self.batches = objective.open(mesh)
         self.writers = Writers([])
         if is_writer():
@@ -256,6 +261,8 @@ class _Loop:
                 with self.clock.phase("data_wait"):
                     batch = self.batches.next(step, state.params)
                 with self.clock.phase("step" if step > self.start_step else "compile"):
+                    if step == self.start_step:
+                        self.step_flops = self._executed_flops(state, batch, progress)
                     state, metrics = self.train_step(state, batch)
                     # Read the metrics of the step before while this one runs: the device never waits for the host.
                     if pending is not None:
@@ -308,11 +315,14 @@ class _Loop:
                     f"at most {self.config.health.max_consecutive_skips} steps may be skipped in a row; step {step} is one "
                     f"more ({entry['reason']}, loss {values['loss']}); look at the rows in its ledger lines, or lower optim.peak_lr"
                 )
+        for name in self._packed:
+            self._packed[name] += float(values[name])
         if step % self.config.run.log_every_steps and step != self.config.run.last_step:
             return
         logged_step, logged_s = self._logged
         busy_s = self._busy_s()
-        rate = (step - logged_step) * self.tokens_per_step / max(busy_s - logged_s, 1e-9)
+        elapsed_s = max(busy_s - logged_s, 1e-9)
+        rate = (step - logged_step) * self.tokens_per_step / elapsed_s
         self._logged = (step, busy_s)
         by_source = {
             label: float(nll / weight)
@@ -330,6 +340,7 @@ class _Loop:
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": rate,
             "mfu": self._mfu(rate),
+            **self._other_utilizations(step - logged_step, elapsed_s),
             "seconds": self.clock.total_s(),
             **report,
         }
@@ -344,6 +355,30 @@ class _Loop:
             tokens_per_second=tokens_per_second,
             peak_flops=self.peak_flops,
         )
+
+    def _executed_flops(self, state: TrainState, batch: Any, progress: ProgressView) -> float | None:
+        """FLOPs of the step as it is traced; tracing is kept for the call that follows."""
+        try:
+            return flops.executed_flops_of(self.train_step.trace(state, batch).jaxpr)
+        except NotImplementedError as error:  # a number for people, not worth a run
+            progress.say(f"hfu is left out: {error}")
+            return None
+
+    def _other_utilizations(self, num_steps: int, elapsed_s: float) -> dict[str, float]:
+        """By what the documents needed, and by what the program executes; counts start anew."""
+        needed = flops.flops_of_counts(
+            self.config.model,
+            self.objective.tokenizer.vocab_size,
+            tokens=self._packed["packed_tokens"],
+            pairs=self._packed["packed_pairs"],
+        )
+        self._packed = dict.fromkeys(self._packed, 0.0)
+        found = {"mfu_packed": needed / elapsed_s / self.peak_flops}
+        if self.step_flops is not None and num_steps:
+            found["hfu"] = flops.hfu(
+                self.step_flops, step_seconds=elapsed_s / num_steps, peak_flops=self.peak_flops
+            )
+        return found
 
     def _busy_s(self) -> float:
         """Seconds in steps and in waiting for rows: what throughput is measured over."""
