@@ -93,8 +93,9 @@ def test_hopper_kernels_lower_without_a_gpu(width, warpgroup_semantics):
 @pytest.mark.parametrize(("topology", "width"), [("v5e:2x2", 128), ("v5p:2x2x1", 256), ("v6e:2x2", 64)])
 def test_tpu_kernels_compile(topology, width, monkeypatch):
     pytest.importorskip("libtpu", reason="the [tpu] extra is not installed")
-    # Otherwise libtpu looks for the metadata of a virtual machine.
+    # Otherwise libtpu looks for the metadata of a virtual machine, and lets one process at a time in.
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     mesh = compat.tpu_mesh(topology)
     layout = jax.sharding.NamedSharding(mesh, jax.P())
     run = gradients(functools.partial(on_tpu, spec=AttentionSpec()))
