@@ -31,7 +31,7 @@ from pretrain.config import ConfigError, apply_overrides, load_config, parse_arg
 from pretrain.data.batch import Batch
 from pretrain.model.transformer import ModelConfig, abstract_params
 from pretrain.optim import make_optimizer
-from pretrain.roofline import Chip, StepTime, chip_of, predict
+from pretrain.roofline import CHIPS, Chip, StepTime, chip_of, predict
 from pretrain.rundir import write_json_atomic
 from pretrain.sharding import ACTIVATION_RULES, make_mesh, partition_spec
 from pretrain.step import TrainState, abstract_state, language_model_loss, make_train_step
@@ -147,6 +147,7 @@ def compile_step(config: TrainConfig, aot: AotConfig) -> dict[str, Any]:
       ConfigError: no such topology, its package is missing, or the config does not suit its devices.
     """
     mesh = make_mesh(config.mesh, _devices(aot))
+    chip = _chip(mesh.devices.flat[0].device_kind, aot)
     vocab_size = config.data.tokenizer.vocab_size
     optimizer = make_optimizer(
         config.optim, config.run.num_steps, abstract_params(config.model, vocab_size), config.model
@@ -184,7 +185,6 @@ def compile_step(config: TrainConfig, aot: AotConfig) -> dict[str, Any]:
         "flops": _flops(config, vocab_size, executed, mesh.size),
     }
     sizes = _resident_bytes(state, batch)
-    chip = chip_of(report["device_kind"])
     compiled, excess = _compile(step.lower(state, batch))
     report["compile_s"] = round(time.perf_counter() - began - trace_s, 1)
     if compiled is None:
@@ -199,27 +199,36 @@ def compile_step(config: TrainConfig, aot: AotConfig) -> dict[str, Any]:
         "temporaries": analysis.temp_size_in_bytes,
         "code": analysis.generated_code_size_in_bytes,
     }
-    capacity = chip.hbm_bytes if chip else math.inf
     hlo = compiled.as_text() or ""
     if aot.hlo:
         Path(aot.hlo).write_text(hlo)
     collectives = find_collectives(hlo, dict(mesh.shape))
     report |= {
-        "fits": sum(sizes.values()) <= capacity,
-        "hbm": _hbm(sizes, capacity),
+        "fits": sum(sizes.values()) <= chip.hbm_bytes,
+        "hbm": _hbm(sizes, chip.hbm_bytes),
         "collectives": _collective_rows(collectives),
     }
-    if chip is not None:
-        traffic = memory_bytes(config, mesh, sizes)
-        step_time = predict(
-            chip,
-            executed_flops=executed / mesh.size,
-            memory_bytes=traffic,
-            sent_bytes=_sent_bytes(collectives),
-            slow_axes=frozenset({"replica"} if _crosses_slices(mesh) else ()),
+    traffic = memory_bytes(config, mesh, sizes)
+    step_time = predict(
+        chip,
+        executed_flops=executed / mesh.size,
+        memory_bytes=traffic,
+        sent_bytes=_sent_bytes(collectives),
+        slow_axes=frozenset({"replica"} if _crosses_slices(mesh) else ()),
+    )
+    return report | {"step_time": _step_time(step_time, chip, traffic, report["flops"])}
+
+
+def _chip(device_kind: str, aot: AotConfig) -> Chip:
+    """Rates of the device; a GPU's target description names it as well."""
+    described = Path(aot.target_config).read_text() if aot.target_config else ""
+    chip = chip_of(device_kind) or chip_of(described)
+    if chip is None:
+        known = ", ".join(chip.name for _, chip in CHIPS)
+        raise ConfigError(
+            f"the chip must be one of {known}, got {device_kind!r}; add its rates to pretrain/roofline.py"
         )
-        report["step_time"] = _step_time(step_time, chip, traffic, report["flops"])
-    return report
+    return chip
 
 
 def _devices(aot: AotConfig) -> list[Any]:

@@ -26,6 +26,8 @@ _CALLED = re.compile(
 _TRIP_COUNT = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
 _SCALAR = re.compile(r"=\s*[su]32\[\]\S*\s+constant\((\d+)\)")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+(?:,\d+)*)\]<=\[(\d+(?:,\d+)*)\](?:T\((\d+(?:,\d+)*)\))?")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:,?\s*device_ids=\(([^{]*)\))?\s*\{([^}]*)\}")
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 
 
@@ -62,9 +64,9 @@ def find_collectives(hlo: str, mesh_shape: Mapping[str, int]) -> list[Collective
     """
     computations = _computations(hlo)
     (entry,) = (name for name, computation in computations.items() if computation.is_entry)
-    found: list[Collective] = []
+    found: dict[str, Collective] = {}
     _walk(computations, entry, (), found, mesh_shape)
-    return found
+    return list(found.values())
 
 
 def count(collectives: Iterable[Collective], loop_trips: int | None = None) -> dict[str, int]:
@@ -91,13 +93,16 @@ def _walk(
     computations: Mapping[str, _Computation],
     name: str,
     trips: tuple[int, ...],
-    found: list[Collective],
+    found: dict[str, Collective],
     mesh_shape: Mapping[str, int],
 ) -> None:
     for instruction, text in computations[name].lines:
         kind = _kind(text)
         if kind is not None:
-            found.append(_collective(instruction, kind, text, name, trips, mesh_shape))
+            # XLA:TPU writes the phases of one asynchronous collective as several instructions of one chain.
+            chain = _CHAIN.search(text)
+            key = f"chain {chain[1]} {chain[2]}" if chain else f"{name} {instruction} {len(found)}"
+            found.setdefault(key, _collective(instruction, kind, text, name, trips, mesh_shape))
             continue  # the computation it applies is the sum of two numbers
         called = {key: _names(value) for key, value in _CALLED.findall(text.partition("metadata=")[0])}
         if "body" in called:
@@ -193,11 +198,34 @@ def _groups(text: str, kind: str, num_devices: int) -> np.ndarray:
         shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
         ids = np.arange(math.prod(source or [])).reshape(source or [])
         return (ids if order is None else ids.transpose(order)).reshape(shape or [])
+    if mesh := _MESH_GROUPS.search(text):
+        return _mesh_groups(*mesh.groups())
     listed = _LISTED_GROUPS.search(text)
     groups = re.findall(r"\{([\d,]+)\}", listed[1]) if listed else []
     if not groups:  # no groups: all devices together
         return np.arange(num_devices).reshape(1, -1)
     return np.array([[int(n) for n in group.split(",")] for group in groups])
+
+
+def _mesh_groups(axes: str, device_ids: str | None, chosen: str) -> np.ndarray:
+    """Groups written as axes of a mesh of the compiler's: 'a'=2,'b'=4 and {'b'}, or {'b':(1)2} for a part of one."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    ids = np.arange(math.prod(sizes.values()))
+    if order := re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", device_ids or ""):
+        shape, permutation = ([int(n) for n in part.split(",")] for part in order.groups())
+        ids = ids.reshape(shape).transpose(permutation).reshape(-1)
+    parts = {
+        name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
+    }
+    dims, members = [], []
+    for name, whole in sizes.items():
+        before, size = parts.get(name, ("1", "1"))
+        before, size = int(before or 1), int(size or whole)
+        members.append(len(dims) + 1)
+        dims += [before, size, whole // (before * size)]
+    rest = [i for i in range(len(dims)) if i not in members]
+    group_size = math.prod(dims[i] for i in members)
+    return ids.reshape(dims).transpose(rest + members).reshape(-1, group_size)
 
 
 def _axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
