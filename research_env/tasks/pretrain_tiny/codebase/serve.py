@@ -1,6 +1,7 @@
 """The function that the judge's questions go to: the recipe's model with the weights of the artifact."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import recipe
 import weights
@@ -14,6 +15,8 @@ def load(folder):
 
     @jax.jit
     def run(tokens_BT):
-        return logits(forward(params, recipe.MODEL, tokens_BT), params, recipe.MODEL)
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        hidden_BTD = forward(params, recipe.MODEL, tokens_BT, positions_BT, jnp.ones_like(positions_BT))
+        return logits(hidden_BTD, params, recipe.MODEL)
 
     return lambda tokens_BT: np.asarray(run(tokens_BT), np.float32)
