@@ -1,6 +1,8 @@
 """The road of ideas by models: every kind of reply ends in its status, crashes are repaired, no call is paid twice."""
 
 import dataclasses
+import http.server
+import importlib
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -280,6 +283,48 @@ def test_a_bandit_prefers_the_model_whose_ideas_improve_and_still_tries_the_othe
         bandit.tell(arm, 1.0 if arm == 1 else 0.0)
     assert counts[1] > 150
     assert counts[0] > 1
+
+
+@pytest.mark.slow
+def test_a_server_that_speaks_the_chat_protocol_reaches_the_same_statuses(tmp_path, isolation):
+    pytest.importorskip("openai", reason="the [endpoint] extra is not installed")
+    endpoint = importlib.import_module("synth.llm.endpoint")
+    names = iter(REPLIES)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            user = body["messages"][-1]["content"]
+            if "Answer with the idea alone" in user:
+                text = next(names)
+            else:
+                text = REPLIES[re.search(r"The idea to implement:\n<data>\n(.*)\n</data>", user)[1]][0]
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+            fields = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
+            data = json.dumps({**fields, "choices": [choice], "usage": usage}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            return None
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        model = endpoint.EndpointConfig(
+            model="m", base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key_env=""
+        )
+        ideas = ModelIdeas(models=(model,), num_samples=1, num_revisions=0, num_repairs=0)
+        with open_env(tmp_path, isolation) as env:
+            told = play(env, ideas, len(REPLIES)).told
+            tokens = env.ledger.spent()["tokens"]
+        server.shutdown()
+    assert {t.node.idea: t.result.status for t in told} == {k: status for k, (_, status) in REPLIES.items()}
+    assert tokens == 15 * 2 * len(REPLIES)
+    assert sum(t.node.tokens for t in told) == tokens
 
 
 KILLED = """
