@@ -176,12 +176,18 @@ def _run_jobs(config: ScalingConfig, folder: Path, jobs: Sequence[Job], progress
         faults = [f for failure in failures if isinstance(failure, Raised) for f in failure.faults]
         if faults:
             raise ConfigError(*dict.fromkeys(faults))
-        again = {f.name for f in failures if isinstance(f, (Crashed, Lost))}
+        again = {f.name for f in failures if _may_be_repeated(f)}
         if attempt == config.scaling.retries:
             again = set()
         final += [f for f in failures if f.name not in again]
         jobs = [job for job in jobs if job.name in again]
     return final
+
+
+def _may_be_repeated(failure: Failure) -> bool:
+    """Whether it says nothing about the cell itself."""
+    preempted = isinstance(failure, Raised) and failure.exception == Preempted.__qualname__
+    return preempted or isinstance(failure, (Crashed, Lost))
 
 
 def _is_finished(planned: Planned, name: str) -> bool:
