@@ -26,7 +26,16 @@ from pretrain.evals.last_word import score_last_words
 from pretrain.evals.likelihood import passage_scores
 from pretrain.evals.qa import answer_questions
 from pretrain.evals.scored_model import ScoredModel, load_scored_model
-from pretrain.evals.tasks import Choice, Item, LastWord, Passage, Question, Task, choose_items, few_shot_prefix
+from pretrain.evals.tasks import (
+    Choice,
+    Item,
+    LastWord,
+    Passage,
+    Question,
+    Task,
+    choose_items,
+    few_shot_prefix,
+)
 from pretrain.pretrained import Pretrained
 from pretrain.rundir import RunDir, write_json_atomic
 from pretrain.sharding import MeshConfig
@@ -100,10 +109,14 @@ def evaluate(config: EvaluateConfig, *, name: str) -> dict[str, Any]:
       NoCheckpoint, AllCheckpointsBad: see checkpoint.py.
     """
     tasks = [task for task in config.tasks if not config.only or task.name in config.only]
-    items = {task.name: choose_items(task.items(config.data_root), config.max_items, config.seed) for task in tasks}
+    items = {
+        task.name: choose_items(task.items(config.data_root), config.max_items, config.seed) for task in tasks
+    }
     empty = [name for name, found in items.items() if not found]
     if empty:
-        raise ConfigError(*[f"task {name} must have items, got none below {config.data_root!r}" for name in empty])
+        raise ConfigError(
+            *[f"task {name} must have items, got none below {config.data_root!r}" for name in empty]
+        )
     run = RunDir(Path(config.workdir) / name / config_lib.fingerprint(config)[:8])
     run.create()
     with run.lock():
@@ -124,7 +137,11 @@ def evaluate(config: EvaluateConfig, *, name: str) -> dict[str, Any]:
 
 
 def _all_records(
-    config: EvaluateConfig, source: str | Pretrained, root: Path, tasks: Sequence[Task], items: Mapping[str, list[Item]]
+    config: EvaluateConfig,
+    source: str | Pretrained,
+    root: Path,
+    tasks: Sequence[Task],
+    items: Mapping[str, list[Item]],
 ) -> dict[str, Records]:
     loaded = load_scored_model(
         source, dtype=config.dtype, bos=config.bos, row_length=config.row_length, batch_rows=config.batch_rows,
@@ -171,7 +188,11 @@ def _records(
             results = score_last_words(scorer, loaded.tokenizer, _only(items, LastWord), **how)
         case Question():
             results = answer_questions(
-                loaded.generator(), loaded.tokenizer, _only(items, Question), **how, max_new_tokens=config.max_new_tokens
+                loaded.generator(),
+                loaded.tokenizer,
+                _only(items, Question),
+                **how,
+                max_new_tokens=config.max_new_tokens,
             )
         case Passage():
             passages = _only(items, Passage)

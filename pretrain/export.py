@@ -32,7 +32,9 @@ def export(config: ExportConfig) -> None:
       ConfigError: nothing to read, nowhere to write, or a model that no published family computes.
       NoCheckpoint, AllCheckpointsBad: see checkpoint.py.
     """
-    faults = [f"{name} must be set, e.g. {name}=PATH" for name in ("model", "folder") if not getattr(config, name)]
+    faults = [
+        f"{name} must be set, e.g. {name}=PATH" for name in ("model", "folder") if not getattr(config, name)
+    ]
     if faults:
         raise ConfigError(*faults)
     source = open_pretrained(config.model) if isinstance(config.model, str) else config.model
@@ -55,7 +57,9 @@ def main(argv: Sequence[str]) -> int:
         path, overrides = parse_argv(argv)
         config = apply_overrides(load_config(path), overrides)
         if not isinstance(config, ExportConfig):
-            raise ConfigError(f"{path} must return an ExportConfig for pretrain.export, got {type(config).__name__}")
+            raise ConfigError(
+                f"{path} must return an ExportConfig for pretrain.export, got {type(config).__name__}"
+            )
         export(config)
         return 0
     except ConfigError as error:

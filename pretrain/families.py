@@ -322,7 +322,11 @@ def config_json(model: ModelConfig, vocab_size: int, max_length: int) -> tuple[F
 def different_fields(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
     """Fields that change what a model computes, apart from the precision it computes in: 'name=x where ...'."""
     pair = [_mathematics(theirs), _mathematics(ours)]
-    return [f"{key}={pair[0][key]} where model.{key} is {pair[1][key]}" for key in pair[0] if pair[0][key] != pair[1].get(key)]
+    return [
+        f"{key}={pair[0][key]} where model.{key} is {pair[1][key]}"
+        for key in pair[0]
+        if pair[0][key] != pair[1].get(key)
+    ]
 
 
 def _mathematics(model: ModelConfig) -> dict[str, Any]:
@@ -426,7 +430,9 @@ def _places(params: Params, names: Names) -> Iterator[_Place]:
     """Every tensor that `params` consist of, parameter by parameter."""
     for parameter, leaf in named_leaves(params).items():
         if parameter not in _DIMS or parameter not in names:
-            raise ConfigError(f"published files have no place for the parameter {parameter}; it cannot be read or written")
+            raise ConfigError(
+                f"published files have no place for the parameter {parameter}; it cannot be read or written"
+            )
         found = names[parameter]
         layers = range(leaf.shape[0]) if parameter.startswith("blocks.") else (None,)
         for layer in layers:
@@ -580,10 +586,12 @@ def _read_block(
     return out
 
 
-def published_tensors(params: Params, names: Names) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+def published_tensors(
+    params: Params, names: Names
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
     """(name, shape, function that brings it to the host in float32), layer by layer: the inverse of `load_params`."""
     leaves = named_leaves(params)
-    for place in sorted(_places(params, names), key=lambda p: (-1 if p.layer is None else p.layer)):
+    for place in sorted(_places(params, names), key=lambda p: -1 if p.layer is None else p.layer):
         leaf = leaves[place.parameter]
         yield place.name, published_shape(place.parameter, leaf.shape), _Fetch(place, leaf)
 

@@ -202,7 +202,9 @@ def _read(path: str, stamp: tuple[int, int]) -> _Content:
         if "general.architecture" not in reader.fields:
             raise ValueError("it names no architecture")
     except (ValueError, IndexError, KeyError, struct.error) as error:
-        raise ConfigError(f"{path} must be a whole GGUF file, got what fails: {error}; fetch it again") from error
+        raise ConfigError(
+            f"{path} must be a whole GGUF file, got what fails: {error}; fetch it again"
+        ) from error
     return _Content(path, reader.fields, tensors)
 
 
@@ -236,7 +238,9 @@ def _model_config(content: _Content) -> ModelConfig:
         layer_pattern=families.shortest_period(kinds),
         tied_head="output.weight" not in content.tensors,
         # The file holds a float32: 1e-5 is meant by the number nearest to it.
-        norm_eps=float(np.format_float_positional(np.float32(content.get("{arch}.attention.layer_norm_rms_epsilon")))),
+        norm_eps=float(
+            np.format_float_positional(np.float32(content.get("{arch}.attention.layer_norm_rms_epsilon")))
+        ),
         dtype="float32",
         **softcaps,
         **family.fixed,
@@ -252,7 +256,9 @@ def _rope(content: _Content, head_width: int) -> Rope:
             f"{content.path} asks for what this model does not do: rotary embedding of {turned} in {head_width} dims, scaling {kind!r}"
         )
     if kind == "linear":
-        return Rope(theta=theta, scaling=LinearScaling(factor=float(content.get("{arch}.rope.scaling.factor"))))
+        return Rope(
+            theta=theta, scaling=LinearScaling(factor=float(content.get("{arch}.rope.scaling.factor")))
+        )
     if _ROPE_FACTORS not in content.tensors:
         return Rope(theta=theta)
     # Llama 3.1 and later: the file holds the factors, not what they were made from.
@@ -267,9 +273,7 @@ def _rope(content: _Content, head_width: int) -> Rope:
 
 # --- the tokenizer -----------------------------------------------------------------------------------
 
-_LETTERS_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LETTERS_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS_QWEN2 = _LETTERS_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
 
@@ -317,7 +321,9 @@ class GgufTokenizerConfig:
         eos = self.eos or stated("eos")
         if eos is None:
             raise ConfigError(f"{path} names no eos token; set data.tokenizer.eos to a token of the file")
-        rows = content.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in content.tensors else None
+        rows = (
+            content.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in content.tensors else None
+        )
         tokenizer = JsonTokenizer(
             text,
             eos=eos,
@@ -363,4 +369,3 @@ def _tokenizer_json(path: str, stamp: tuple[int, int]) -> tuple[list[str], str]:
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     return tokens, tokenizer.to_str(pretty=True)
-

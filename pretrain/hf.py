@@ -134,7 +134,9 @@ def export_model(
     vocab_size = params["embed"]["embedding"].shape[0]
     family, config = families.config_json(model, vocab_size, max_length)
     if folder.exists():
-        raise ConfigError(f"an export needs a folder that is not there yet, got {folder}; remove it or name another")
+        raise ConfigError(
+            f"an export needs a folder that is not there yet, got {folder}; remove it or name another"
+        )
     config |= {
         "torch_dtype": dtype,
         "bos_token_id": tokenizer.bos_id,

@@ -106,7 +106,9 @@ class LmEvalConfig:
         known = set(manager.all_tasks)
         unknown = [task for task in self.tasks if isinstance(task, str) and task not in known]
         if unknown:
-            raise ConfigError(f"tasks must be known to the harness, got {', '.join(unknown)}; see its own list")
+            raise ConfigError(
+                f"tasks must be known to the harness, got {', '.join(unknown)}; see its own list"
+            )
         run = RunDir(Path(self.workdir) / name / config_lib.fingerprint(self)[:8])
         run.create()
         with run.lock():

@@ -75,9 +75,13 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
         entries = [entry for name, entry in header.items() if name != "__metadata__"]
         needed = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ConfigError(f"{path} must be a safetensors file, got a header that is damaged: {error}") from error
+        raise ConfigError(
+            f"{path} must be a safetensors file, got a header that is damaged: {error}"
+        ) from error
     if needed > size:
-        raise ConfigError(f"{path} is cut short: its tensors end at byte {needed}, the file has {size}; fetch it again")
+        raise ConfigError(
+            f"{path} is cut short: its tensors end at byte {needed}, the file has {size}; fetch it again"
+        )
     return header, 8 + length
 
 
@@ -89,7 +93,9 @@ def _view(name: str, entry: Mapping[str, Any], buffer: np.ndarray, start: int, p
         )
     begin, end = entry["data_offsets"]
     if end - begin != math.prod(entry["shape"]) * np.dtype(dtype).itemsize:
-        raise ConfigError(f"{path} is damaged: {name} has {end - begin} bytes for shape {entry['shape']} of {entry['dtype']}")
+        raise ConfigError(
+            f"{path} is damaged: {name} has {end - begin} bytes for shape {entry['shape']} of {entry['dtype']}"
+        )
     return buffer[start + begin : start + end].view(dtype).reshape(entry["shape"])
 
 
@@ -99,7 +105,9 @@ def write_tensors(
     """Write tensors as `dtype` (float32, bfloat16 or float16), one after the other; each is made when its turn comes."""
     tensors = list(tensors)
     kind = np.dtype(DTYPES[_NAME_OF[dtype]])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # other readers refuse a file that does not say so
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt"}
+    }  # other readers refuse a file that does not say so
     offset = 0
     for name, shape, _ in tensors:
         end = offset + math.prod(shape) * kind.itemsize

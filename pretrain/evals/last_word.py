@@ -22,7 +22,12 @@ class LastWordResult:
 
 
 def score_last_words(
-    scorer: Scorer, tokenizer: Tokenizer, items: Sequence[LastWord], *, prefix: str = "", add_bos: bool = False
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    items: Sequence[LastWord],
+    *,
+    prefix: str = "",
+    add_bos: bool = False,
 ) -> list[LastWordResult]:
     """One result for each passage; `prefix` stands before every context."""
     pairs = [(prefix + item.context, item.word) for item in items]

@@ -54,7 +54,12 @@ class PackedScorer:
                 f"{batch_rows} and {row_length}"
             )
         self.vocab_size = params["embed"]["embedding"].shape[0]
-        self._params, self._row_length, self._batch_rows, self._report = params, row_length, batch_rows, report
+        self._params, self._row_length, self._batch_rows, self._report = (
+            params,
+            row_length,
+            batch_rows,
+            report,
+        )
         self._step = OnMesh(jax.jit(functools.partial(_score_rows, model)), mesh)
 
     def score(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Score]:
@@ -70,14 +75,17 @@ class PackedScorer:
         for first in range(0, len(bins), self._batch_rows):
             batch = bins[first : first + self._batch_rows]
             tokens_BT, segments_BT, positions_BT = self._lay_out(batch, rows)
-            logprobs_BT, greedy_BT = jax.device_get(self._step(self._params, tokens_BT, positions_BT, segments_BT))
+            logprobs_BT, greedy_BT = jax.device_get(
+                self._step(self._params, tokens_BT, positions_BT, segments_BT)
+            )
             for b, members in enumerate(batch):
                 at = 0
                 for i in members:
                     # Position t holds the score of token t + 1.
                     wanted = slice(at + starts[i] - 1, at + len(rows[i]) - 1)
                     scores[i] = Score(
-                        logprobs=tuple(logprobs_BT[b, wanted].tolist()), greedy=tuple(greedy_BT[b, wanted].tolist())
+                        logprobs=tuple(logprobs_BT[b, wanted].tolist()),
+                        greedy=tuple(greedy_BT[b, wanted].tolist()),
                     )
                     at += len(rows[i])
                     done += len(rows[i])
@@ -156,7 +164,9 @@ def continuation_row(
     whole = prefix + tokenizer.encode(kept + continuation)
     start = len(prefix) + len(tokenizer.encode(kept))
     if start >= len(whole):
-        raise ConfigError(f"a continuation must add a token to its context, got {continuation!r} after {kept[-40:]!r}")
+        raise ConfigError(
+            f"a continuation must add a token to its context, got {continuation!r} after {kept[-40:]!r}"
+        )
     return whole, start
 
 

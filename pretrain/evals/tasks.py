@@ -162,7 +162,9 @@ class Piqa:
         records = read_records(root, self.file, self.name)
         labels = read_text(root, self.labels_file, self.name).split()
         if len(labels) != len(records):
-            raise ConfigError(f"{self.name} must have a label for each record, got {len(labels)} for {len(records)}")
+            raise ConfigError(
+                f"{self.name} must have a label for each record, got {len(labels)} for {len(records)}"
+            )
         return [
             Choice(
                 id=str(i),
@@ -280,7 +282,10 @@ def choose_items(items: Sequence[Item], max_items: int | None, seed: int) -> lis
     """At most `max_items` of them, drawn once by `seed`, in their order."""
     if max_items is None or max_items >= len(items):
         return list(items)
-    return [items[i] for i in sorted(random.Random(stable_seed("items", seed)).sample(range(len(items)), max_items))]
+    return [
+        items[i]
+        for i in sorted(random.Random(stable_seed("items", seed)).sample(range(len(items)), max_items))
+    ]
 
 
 def few_shot_prefix(task: Task, root: str, num_shots: int, seed: int) -> str:
@@ -328,7 +333,9 @@ def read_records(root: str, file: str, name: str) -> list[dict[str, Any]]:
             return list(json.loads(text))
         return list(_lines(text))
     except ValueError as error:
-        raise ConfigError(f"task {name} must find JSON in {Path(root, file)}, got what fails: {error}") from error
+        raise ConfigError(
+            f"task {name} must find JSON in {Path(root, file)}, got what fails: {error}"
+        ) from error
 
 
 def _lines(text: str) -> Iterator[dict[str, Any]]:

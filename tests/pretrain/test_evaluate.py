@@ -44,7 +44,9 @@ def root(tmp_path_factory):
         for i in range(6)
     ]
     (root / "options.json").write_text(json.dumps(options))
-    (root / "words.jsonl").write_text("".join(json.dumps({"text": f"some words here {i}"}) + "\n" for i in range(5)))
+    (root / "words.jsonl").write_text(
+        "".join(json.dumps({"text": f"some words here {i}"}) + "\n" for i in range(5))
+    )
     make_folder(root / "model", 0)
     make_folder(root / "base", 1)
     return root
@@ -128,7 +130,9 @@ def test_bad_input_is_exit_code_two_and_one_line_each(root, tmp_path, capsys):
     words = "Lambada(file='words.jsonl')"
     code, lines = run(f"EvaluateConfig(model='{root}/nothing', tasks=({words},))", f"data_root={root}")
     assert code == 3
-    code, lines = run(f"EvaluateConfig(model={model}, tasks=({words},), row_length=4, batch_rows=8)", f"data_root={root}")
+    code, lines = run(
+        f"EvaluateConfig(model={model}, tasks=({words},), row_length=4, batch_rows=8)", f"data_root={root}"
+    )
     assert code == 2
     assert "must fit row_length=4" in lines[0]
     code, lines = run(f"EvaluateConfig(model={model}, tasks=({words},), num_shots=2)", f"data_root={root}")

@@ -159,7 +159,9 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path):
     with pytest.raises(ConfigError, match="must be readable"):
         gguf_import.GgufFile(path=str(tmp_path / "none.gguf")).model_config()
     other = write(tmp_path / "x.gguf", model, params, "falcon")
-    with pytest.raises(ConfigError, match=r"known architecture \(llama, qwen2, qwen3, gemma3\), got 'falcon'"):
+    with pytest.raises(
+        ConfigError, match=r"known architecture \(llama, qwen2, qwen3, gemma3\), got 'falcon'"
+    ):
         other.model_config()
     lacking = write(tmp_path / "l.gguf", MODELS["qwen3"], random_params(MODELS["qwen3"]), "llama")
     with pytest.raises(ConfigError, match="unknown: blk.0.attn_q_norm.weight"):
@@ -215,11 +217,15 @@ def test_smollm2_reads_english(smollm2, compute):
 
 def test_smollm2_equals_transformers_on_the_same_file(smollm2, compute):
     pytest.importorskip("torch", reason="transformers and torch, the peer, are not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers and torch, the peer, are not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers and torch, the peer, are not installed"
+    )
     torch = importlib.import_module("torch")
     source, _, _ = smollm2
     path = Path(source.path)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     ids = source.tokenizer().encode(ENGLISH)
     with torch.no_grad():
         theirs = peer.eval()(torch.tensor([ids])).logits[0].numpy()
@@ -254,7 +260,9 @@ def llama_cpp(smollm2):
 
     def ask(path, body):
         request = urllib.request.Request(
-            f"{server.listening_address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{server.listening_address}/{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
@@ -265,7 +273,9 @@ def llama_cpp(smollm2):
 def test_smollm2_tokenizes_as_llama_cpp(smollm2, llama_cpp):
     tokenizer = smollm2[0].tokenizer()
     for text in PROBES:
-        theirs = llama_cpp("tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
+        theirs = llama_cpp("tokenize", {"content": text, "add_special": False, "parse_special": False})[
+            "tokens"
+        ]
         assert tokenizer.encode(text) == theirs
         assert tokenizer.decode(theirs) == text
 
@@ -287,7 +297,13 @@ def test_smollm2_has_the_mean_loss_of_llama_cpp(smollm2, llama_cpp, compute):
     ids = smollm2[0].tokenizer().encode(ENGLISH)[:64]
     nll = []
     for t in range(1, len(ids)):
-        body = {"prompt": ids[:t], "n_predict": 1, "n_probs": 20_000, "temperature": 0.0, "cache_prompt": True}
+        body = {
+            "prompt": ids[:t],
+            "n_predict": 1,
+            "n_probs": 20_000,
+            "temperature": 0.0,
+            "cache_prompt": True,
+        }
         (first, *_) = llama_cpp("completion", body)["completion_probabilities"]
         nll += [-entry["logprob"] for entry in first["top_logprobs"] if entry["id"] == ids[t]]
     assert len(nll) == len(ids) - 1, "a target was not among the likeliest 20,000"

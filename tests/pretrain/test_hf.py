@@ -15,10 +15,16 @@ from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params, 
 from pretrain.pretrained import check_same_tokenizer, load_init, open_pretrained
 from pretrain.safetensors_file import open_tensors, write_tensors
 from pretrain.sharding import MeshConfig, OnMesh, make_mesh
-from pretrain.tokenizer import ByteTokenizer, BytesConfig
+from pretrain.tokenizer import BytesConfig, ByteTokenizer
 
 _SHAPE = {"num_layers": 3, "width": 16, "num_heads": 4, "num_kv_heads": 2, "head_width": 8, "hidden_width": 32, "dtype": "float32"}  # fmt: skip
-_GEMMA = {"activation": "gelu_tanh", "embed_scale": True, "norm_plus_one": True, "post_norms": True, "tied_head": True}
+_GEMMA = {
+    "activation": "gelu_tanh",
+    "embed_scale": True,
+    "norm_plus_one": True,
+    "post_norms": True,
+    "tied_head": True,
+}
 _GLOBAL = LayerKind(rope=Rope(theta=1e6))
 
 MODELS = {
@@ -109,9 +115,7 @@ def test_export_then_import_is_the_identity_on_any_mesh(tmp_path, name):
 
 def test_bfloat16_files_hold_every_bit_of_bfloat16_parameters(tmp_path):
     model = MODELS["llama"]
-    params = jax.tree.map(
-        lambda x: x.astype(jax.numpy.bfloat16).astype(np.float32), random_params(model, V)
-    )
+    params = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16).astype(np.float32), random_params(model, V))
     folder = export_model(tmp_path / "half", params, model, TOKENIZER, dtype="bfloat16")
     assert_same_bits(HfFolder(path=str(folder)).params(model), params)
 
@@ -251,9 +255,10 @@ def test_a_gguf_file_needs_a_config_that_names_its_reader():
 
 def test_an_export_is_whole_or_not_there(tmp_path):
     model = MODELS["llama"]
+    odd = ModelConfig(num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_width=8, hidden_width=8, base_width=8)  # fmt: skip
+    params = random_params(odd, V)
     with pytest.raises(ConfigError, match="must be of a published family"):
-        odd = ModelConfig(num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_width=8, hidden_width=8, base_width=8)  # fmt: skip
-        export_model(tmp_path / "odd", random_params(odd, V), odd, TOKENIZER)
+        export_model(tmp_path / "odd", params, odd, TOKENIZER)
     assert list(tmp_path.iterdir()) == []
 
     class Other:
@@ -261,12 +266,13 @@ def test_an_export_is_whole_or_not_there(tmp_path):
 
         bos_id = eos_id = pad_id = sep_id = 0
 
+    params = random_params(model, V)
     with pytest.raises(ConfigError, match="Other has none"):
-        export_model(tmp_path / "other", random_params(model, V), model, Other())
+        export_model(tmp_path / "other", params, model, Other())
     assert list(tmp_path.iterdir()) == []
-    export_model(tmp_path / "whole", random_params(model, V), model, TOKENIZER)
+    export_model(tmp_path / "whole", params, model, TOKENIZER)
     with pytest.raises(ConfigError, match="not there yet"):
-        export_model(tmp_path / "whole", random_params(model, V), model, TOKENIZER)
+        export_model(tmp_path / "whole", params, model, TOKENIZER)
 
 
 def test_a_window_pattern_of_any_period_is_kept(tmp_path):
@@ -302,9 +308,7 @@ def torch():
 def our_logits(source, model, ids, mesh=None):
     params = source.params(model, mesh)
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    compute = OnMesh(
-        jax.jit(lambda p, i, pos: logits(forward(p, model, i, pos, None), p, model)), mesh
-    )
+    compute = OnMesh(jax.jit(lambda p, i, pos: logits(forward(p, model, i, pos, None), p, model)), mesh)
     return np.asarray(compute(params, ids, positions))
 
 

@@ -53,9 +53,12 @@ def root(tmp_path_factory):
         for i, (a, b, c) in enumerate(pick(3) for _ in range(12))
     ]
     (root / "blanks.json").write_text(json.dumps(blanks))
-    (root / "words.jsonl").write_text("".join(json.dumps({"text": " ".join(pick(4))}) + "\n" for _ in range(6)))
+    (root / "words.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(pick(4))}) + "\n" for _ in range(6))
+    )
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * 0.3, jnp.float32), abstract_params(MODEL, 260)
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * 0.3, jnp.float32),
+        abstract_params(MODEL, 260),
     )
     export_model(root / "model", params, MODEL, ByteTokenizer())
     return root

@@ -93,7 +93,9 @@ def test_init_lays_parameters_out_for_the_mesh(run):
 def test_the_verb_exports_a_run(run, tmp_path, capsys):
     folder, params, tokenizer = run
     file = tmp_path / "config.py"
-    file.write_text("from pretrain.export import ExportConfig\ndef get_config():\n    return ExportConfig()\n")
+    file.write_text(
+        "from pretrain.export import ExportConfig\ndef get_config():\n    return ExportConfig()\n"
+    )
     where = tmp_path / "folder"
     assert export_main(["--config", str(file), f"model={folder}", f"folder={where}"]) == 0
     source = HfFolder(path=str(where))

@@ -30,7 +30,9 @@ def test_an_answer_is_right_when_any_of_the_answers_is_it():
         Question(id="2", prompt="Question: y?\nAnswer:", answers=("Rome",)),
     ]
     writer = Canned([" City of Paris.", " Rome, Italy"])
-    first, second = answer_questions(writer, TOKENIZER, items, prefix="shots\n\n", add_bos=True, max_new_tokens=7)
+    first, second = answer_questions(
+        writer, TOKENIZER, items, prefix="shots\n\n", add_bos=True, max_new_tokens=7
+    )
     assert (first.answer, first.exact, second.exact) == ("City of Paris.", True, False)
     assert first.metrics == {"exact_match": 1.0}
     request = writer.requests[0]

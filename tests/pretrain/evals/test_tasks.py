@@ -77,7 +77,9 @@ def test_a_blank_is_filled_and_the_rest_is_scored(tmp_path):
 
 def test_labels_in_a_file_of_their_own_belong_line_by_line(tmp_path):
     with gzip.open(tmp_path / PIQA.file, "wt") as file:
-        file.write('{"goal": "Cut.", "sol1": "knife", "sol2": "spoon"}\n{"goal": "Eat.", "sol1": "knife", "sol2": "spoon"}\n')
+        file.write(
+            '{"goal": "Cut.", "sol1": "knife", "sol2": "spoon"}\n{"goal": "Eat.", "sol1": "knife", "sol2": "spoon"}\n'
+        )
     with gzip.open(tmp_path / PIQA.labels_file, "wt") as file:
         file.write("0\n1\n")
     first, second = PIQA.items(str(tmp_path))
@@ -114,7 +116,9 @@ def test_passages_are_records_or_a_whole_text(tmp_path):
 
 
 def test_a_missing_or_damaged_file_is_one_clear_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"task openbookqa must find its file below data_root, got .*No such file"):
+    with pytest.raises(
+        ConfigError, match=r"task openbookqa must find its file below data_root, got .*No such file"
+    ):
         OPENBOOKQA.items(str(tmp_path))
     (tmp_path / OPENBOOKQA.file).write_bytes(b"not gzip")
     with pytest.raises(ConfigError, match="openbookqa"):
