@@ -18,7 +18,10 @@ from pretrain.hf import HfFolder, check_same_model
 from pretrain.model.transformer import ModelConfig, Params, abstract_params, param_shardings
 from pretrain.tokenizer import LOSSLESS_PROBES, Tokenizer
 
-_TOKENIZER_PROBES = (*LOSSLESS_PROBES, "The capital of France is Paris; 3.14159 is not pi.\n\n\tif (x != y) return;")
+_TOKENIZER_PROBES = (
+    *LOSSLESS_PROBES,
+    "The capital of France is Paris; 3.14159 is not pi.\n\n\tif (x != y) return;",
+)
 
 
 class Pretrained(Protocol):
@@ -61,7 +64,9 @@ class Checkpoint:
             path = root / "tokenizer.json"
             if path.is_file():
                 return config.load(path.read_text(encoding="utf-8"))
-        raise ConfigError(f"{folder} must lie in a run folder that holds the tokenizer.json of the run, and does not")
+        raise ConfigError(
+            f"{folder} must lie in a run folder that holds the tokenizer.json of the run, and does not"
+        )
 
     def params(self, model: ModelConfig, mesh: Mesh | None = None) -> Params:
         """Its verified parameters.
@@ -84,7 +89,9 @@ class Checkpoint:
         if step is None:
             steps = saved_steps(folder) if folder.is_dir() else []
             if not steps:
-                raise NoCheckpoint(f"a checkpoint is needed, and {folder} holds none; train first or name another folder")
+                raise NoCheckpoint(
+                    f"a checkpoint is needed, and {folder} holds none; train first or name another folder"
+                )
             step = folder / str(steps[-1])
         return read_item(step, "meta")["config"]
 
@@ -133,7 +140,9 @@ def load_init(init: str | Pretrained, model: ModelConfig, tokenizer: Tokenizer, 
     """
     if isinstance(init, str):
         if not is_model_folder(init) and not init.endswith(".gguf"):
-            return restore_params(Checkpoint(path=init).folder(), _laid_out(model, tokenizer.vocab_size, mesh))
+            return restore_params(
+                Checkpoint(path=init).folder(), _laid_out(model, tokenizer.vocab_size, mesh)
+            )
         init = open_pretrained(init)
     check_same_tokenizer(init, tokenizer)
     return init.params(model, mesh)
@@ -152,4 +161,6 @@ def check_same_tokenizer(source: Pretrained, tokenizer: Tokenizer) -> None:
         )
     for probe in _TOKENIZER_PROBES:
         if theirs.encode(probe) != tokenizer.encode(probe):
-            raise ConfigError(f"data.tokenizer must be that of {source}, got one with other ids for {probe[:40]!r}")
+            raise ConfigError(
+                f"data.tokenizer must be that of {source}, got one with other ids for {probe[:40]!r}"
+            )
