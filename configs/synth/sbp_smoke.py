@@ -61,7 +61,7 @@ def get_config() -> SbpConfig:
         gate=Gate(min_gain_nats=None),
         sampler=OwnSamplerConfig(model=MODEL, max_prompt_tokens=20, max_new_tokens=20, slots=16),
         synthesis=SynthesisRule(samples_per_document=3),
-        trials=Trials(num_steps=16, fewer_steps=(0.5,), shares=(0.25,)),
+        trials=Trials(num_steps=16, fewer_steps=(), shares=(0.25,)),
         quality_sample=100,
         judge=ScriptedConfig(),
         judge_sample=5,
