@@ -1,0 +1,214 @@
+"""Laws of the mesh: any mesh of eight devices gives the loss, the gradients and the privacy of documents of one device.
+
+One program a mesh serves all of them: loss, gradients and hidden vectors of packed rows. Its collectives are counted
+against tests/golden/collectives.json, an upper bound for each minor version of jax.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from pretrain.collectives import count, find_collectives
+from pretrain.config import ConfigError
+from pretrain.data.batch import Batch
+from pretrain.loss import LossConfig, cross_entropy
+from pretrain.model.moe import LossBalance, MoeConfig
+from pretrain.model.transformer import ModelConfig, forward_with_router, head_DV, init_params
+from pretrain.sharding import ACTIVATION_RULES, MeshConfig, OnMesh, make_mesh, partition_spec
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "collectives.json"
+VOCAB, ROWS, LENGTH = 64, 8, 16
+# Three layers: no other loop of the program has three trips.
+LAYERS = 3
+DENSE = ModelConfig(
+    num_layers=LAYERS, width=32, num_heads=8, num_kv_heads=2, head_width=4, hidden_width=32,
+    dtype="float32", attention_impl="xla", remat="full",
+)  # fmt: skip
+MODELS = {
+    "dense": DENSE,
+    "tied": dataclasses.replace(DENSE, tied_head=True),
+    "experts": dataclasses.replace(
+        DENSE, moe=MoeConfig(num_experts=4, num_active=2, balance=LossBalance(weight=0.1), z_weight=0.01)
+    ),
+}
+MESHES = {
+    "fsdp8": MeshConfig(fsdp=8),
+    "fsdp4-tensor2": MeshConfig(fsdp=4, tensor=2),
+    "replica2-fsdp2-tensor2": MeshConfig(replica=2, fsdp=2, tensor=2),
+    "fsdp2-context4": MeshConfig(fsdp=2, context=4),
+    "fsdp2-expert4": MeshConfig(fsdp=2, expert=4),
+    "tensor8": MeshConfig(fsdp=1, tensor=8),
+}
+PAIRS = [pytest.param(model, mesh, id=f"{model}-{mesh}") for model in MODELS for mesh in MESHES]
+# A program a mesh and model: minutes of compiling.
+pytestmark = pytest.mark.slow
+
+
+def packed_batch() -> Batch:
+    """Rows of three documents and padding; the middle one of row 0 is what the leak test changes."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCAB, (ROWS, LENGTH + 1)).astype(np.int32)
+    segments = np.repeat([[1] * 5 + [2] * 6 + [3] * 4 + [0] * 2], ROWS, axis=0).astype(np.int32)
+    positions = np.repeat([[*range(5), *range(6), *range(4), 0, 0]], ROWS, axis=0).astype(np.int32)
+    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return Batch(tokens, segments, positions, inside.astype(np.float32), np.zeros(ROWS, np.int32))
+
+
+def value_gradients_hidden(model: ModelConfig):
+    """(params, batch) -> (objective, gradients, hidden vectors)."""
+
+    def objective(params, batch):
+        hidden, router = forward_with_router(
+            params,
+            model,
+            batch.tokens_BT1[:, :-1],
+            batch.positions_BT1[:, :-1],
+            batch.segment_ids_BT1[:, :-1],
+        )
+        sums = cross_entropy(
+            hidden, head_DV(params, model), batch.tokens_BT1[:, 1:], batch.weights_BT, batch.source_B,
+            num_sources=1, z_weight=LossConfig().z_weight, chunk_tokens=1024,
+        )  # fmt: skip
+        if router is not None:
+            sums = sums.with_router(router, model.moe)
+        return sums.objective, hidden
+
+    def run(params, batch):
+        (value, hidden), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        return value, gradients, hidden
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled program of one model on one mesh."""
+
+    run: object
+    hlo: str
+    mesh_shape: dict
+    place: object
+
+    def __call__(self, batch):
+        return jax.device_get(self.run(self.place(batch)))
+
+
+@functools.cache
+def program(model_name: str, mesh_name: str | None) -> Program:
+    model = MODELS[model_name]
+    mesh = None if mesh_name is None else make_mesh(MESHES[mesh_name])
+    params = init_params(model, VOCAB, seed=0, mesh=mesh)
+
+    def place(batch):
+        if mesh is None:
+            return batch
+        return jax.tree.map(
+            lambda x: jax.device_put(
+                x,
+                NamedSharding(
+                    mesh, partition_spec(("batch", *[None] * (x.ndim - 1)), x.shape, ACTIVATION_RULES, mesh)
+                ),
+            ),
+            batch,
+        )
+
+    function = OnMesh(jax.jit(value_gradients_hidden(model)), mesh)
+    compiled = function.lower(params, place(packed_batch())).compile()
+    return Program(
+        lambda batch: compiled(params, batch), compiled.as_text(), dict(mesh.shape) if mesh else {}, place
+    )
+
+
+@functools.cache
+def outputs(model_name: str, mesh_name: str | None):
+    return program(model_name, mesh_name)(packed_batch())
+
+
+@pytest.mark.parametrize(("model", "mesh"), PAIRS)
+def test_any_mesh_gives_the_loss_and_gradients_of_one_device(model, mesh):
+    expected, got = outputs(model, None), outputs(model, mesh)
+    assert got[0] == pytest.approx(expected[0], rel=1e-5)
+    for (path, e), g in zip(
+        jax.tree_util.tree_leaves_with_path(expected[1]), jax.tree.leaves(got[1]), strict=True
+    ):
+        np.testing.assert_allclose(g, e, rtol=0, atol=1e-5 * max(np.abs(e).max(), 1e-3), err_msg=str(path))
+
+
+@pytest.mark.parametrize(("model", "mesh"), PAIRS)
+def test_a_changed_document_changes_no_other_on_any_mesh(model, mesh):
+    batch = packed_batch()
+    tokens = batch.tokens_BT1.copy()
+    tokens[0, 6] = (tokens[0, 6] + 1) % VOCAB
+    before = outputs(model, mesh)[2]
+    after = program(model, mesh)(dataclasses.replace(batch, tokens_BT1=tokens))[2]
+    same = (before == after).all(axis=-1)
+    assert not same[0, 6:11].any()  # the changed document from the change on
+    assert same[0, :6].all()
+    assert same[1:].all()
+    assert same[0, 11:].all()
+
+
+def counted(model: str, mesh: str) -> dict[str, dict[str, int]]:
+    p = program(model, mesh)
+    found = find_collectives(p.hlo, p.mesh_shape)
+    of_layers = count([c for c in found if c.loop_trips[-1:] == (LAYERS,)])
+    everywhere = count(found)
+    outside = {
+        kind: n - of_layers.get(kind, 0) for kind, n in everywhere.items() if n > of_layers.get(kind, 0)
+    }
+    return {"in a layer": of_layers, "outside": outside}
+
+
+@pytest.mark.parametrize(("model", "mesh"), PAIRS)
+def test_a_layer_has_no_more_collectives_than_the_golden_file_says(model, mesh):
+    """A layer forward and backward, recomputation included. Renew: python -m tests.pretrain.model.test_meshes"""
+    minor = ".".join(jax.__version__.split(".")[:2])
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if minor not in golden:
+        pytest.skip(f"tests/golden/collectives.json has no counts for jax {minor}")
+    bound = golden[minor][f"{model}-{mesh}"]
+    for where, kinds in counted(model, mesh).items():
+        for kind, number in kinds.items():
+            assert number <= bound[where].get(kind, 0), f"{number} x {kind} {where}, {bound[where]} allowed"
+
+
+def test_an_extra_gather_is_seen():
+    """The count has power: a weight gathered twice shows."""
+    mesh = make_mesh(MESHES["fsdp8"])
+    spec = NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    weight = jax.ShapeDtypeStruct((16, 8), "float32", sharding=spec)
+
+    def gathers(times):
+        def run(w):
+            whole = [jax.sharding.reshard(w * (i + 1.5), jax.sharding.PartitionSpec()) for i in range(times)]
+            return sum(jax.numpy.sin(x).sum() for x in whole)
+
+        text = OnMesh(jax.jit(run), mesh).lower(weight).compile().as_text()
+        return sum(c.bytes_per_step for c in find_collectives(text, dict(mesh.shape)) if c.axes == ("fsdp",))
+
+    assert gathers(2) == 2 * gathers(1) > 0
+
+
+def test_heads_that_tensor_does_not_divide_are_one_clear_line():
+    mesh = make_mesh(MESHES["tensor8"])
+    model = dataclasses.replace(DENSE, num_heads=6, num_kv_heads=2)
+    with pytest.raises(ConfigError, match="heads must divide evenly over the mesh axes tensor"):
+        init_params(model, VOCAB, seed=0, mesh=mesh)
+
+
+def test_a_mesh_that_does_not_multiply_is_one_clear_line():
+    with pytest.raises(ConfigError, match="must multiply to the number of devices, 8"):
+        make_mesh(MeshConfig(fsdp=3, tensor=2))
+
+
+if __name__ == "__main__":
+    version = ".".join(jax.__version__.split(".")[:2])
+    stored = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    stored[version] = {f"{model}-{mesh}": counted(model, mesh) for model in MODELS for mesh in MESHES}
+    GOLDEN.write_text(json.dumps(stored, indent=1) + "\n")

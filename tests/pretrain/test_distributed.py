@@ -1,0 +1,298 @@
+"""Laws of several processes: they find each other, one writes, any number goes on where any other stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import ConfigError
+from pretrain.distributed import DistributedConfig, Membership, first_host, membership
+
+ROOT = Path(__file__).parents[2]
+
+
+def variables(**values):
+    return {name.upper(): str(value) for name, value in values.items()}
+
+
+def test_explicit_settings_are_taken_as_they_are():
+    config = DistributedConfig(cluster="explicit", coordinator="a:1", num_processes=2, process_id=1)
+    assert membership(config, {}) == Membership(coordinator="a:1", num_processes=2, process_id=1)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "device"),
+    [(2, 2, None), (16, 2, 3)],
+    ids=["one task a host takes all devices", "several take one each"],
+)
+def test_slurm_says_who_we_are(tasks, nodes, device):
+    environment = variables(
+        slurm_step_nodelist="gpu[07-09,12]", slurm_step_num_tasks=tasks, slurm_step_num_nodes=nodes,
+        slurm_procid=1, slurm_localid=3,
+    )  # fmt: skip
+    found = membership(DistributedConfig(cluster="slurm"), environment)
+    assert found == Membership(
+        coordinator="gpu07:12321", num_processes=tasks, process_id=1, local_device=device
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("gpu[07-09,12],x", "gpu07"),
+        ("a,b", "a"),
+        ("rack[1,3]-n", "rack1-n"),
+        ("n1.site.org", "n1.site.org"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_torchrun_says_who_we_are():
+    environment = variables(master_addr="host0", master_port=99, world_size=4, rank=3)
+    config = DistributedConfig(cluster="torchrun")
+    found = membership(config, environment)
+    assert found == Membership(coordinator="host0:99", num_processes=4, process_id=3)
+    several = membership(config, environment | variables(local_world_size=2, local_rank=1))
+    assert several == dataclasses.replace(found, local_device=1)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "environment", "words"),
+    [
+        ("slurm", {}, "SLURM_STEP_NODELIST, which is not set"),
+        ("torchrun", variables(master_addr="a"), "MASTER_PORT, which is not set"),
+        (
+            "torchrun",
+            variables(master_addr="a", master_port=1, world_size="two", rank=0),
+            "WORLD_SIZE must be a number",
+        ),
+    ],
+)
+def test_missing_variables_are_one_clear_line(cluster, environment, words):
+    with pytest.raises(ConfigError, match=words):
+        membership(DistributedConfig(cluster=cluster), environment)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"cluster": "mpi"}, "cluster must be one of"),
+        ({"cluster": "explicit"}, "needs coordinator, num_processes, process_id as well"),
+        ({"num_processes": 2}, "num_processes belongs to cluster=explicit"),
+        ({"cluster": "slurm", "coordinator": "host"}, "coordinator must be host:port"),
+        (
+            {"cluster": "explicit", "coordinator": "a:1", "num_processes": 2, "process_id": 2},
+            "process_id must lie in",
+        ),
+        ({"heartbeat_timeout_s": 0}, "heartbeat_timeout_s must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        DistributedConfig(**settings)
+
+
+# --- real processes ----------------------------------------------------------------------------------
+
+CONFIG = """
+import dataclasses
+from pretrain.config import load_config
+
+def get_config():
+    config = load_config({smoke!r})
+    model = dataclasses.replace(
+        config.model, num_layers=1, width=32, num_heads=4, num_kv_heads=2, head_width=8, hidden_width=64, dtype="float32",
+    )
+    return dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, batch_rows=8, row_length=64),
+        run=dataclasses.replace(config.run, num_steps={steps}, log_every_steps=1, eval_every_steps=None, writers=()),
+    )
+"""
+
+# The run itself, then the batches of all steps as this set of processes would make them.
+PROGRAM = """
+import hashlib, json, sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from pathlib import Path
+from pretrain.config import apply_overrides, load_config
+from pretrain.data.loader import RowBatches
+from pretrain.data.tables import prepare_tables
+from pretrain.distributed import joined
+from pretrain.sharding import make_mesh
+from pretrain.train import train
+
+path, report, *overrides = sys.argv[1:]
+config = apply_overrides(load_config(path), overrides)
+with joined(config.distributed):
+    result = train(config, name="pod")
+    data = prepare_tables(config.data, Path(config.run.workdir), config.run.seed)
+    batches = RowBatches(data, config.data, seed=config.run.seed, mesh=make_mesh(config.mesh))
+    hashes = []
+    for step in range(config.run.num_steps):
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(batches.batch_at(step)):
+            if jax.process_count() > 1:
+                leaf = multihost_utils.process_allgather(leaf, tiled=True)
+            digest.update(np.asarray(leaf).tobytes())
+        hashes.append(digest.hexdigest()[:16])
+    Path(report).write_text(json.dumps({"hashes": hashes, "code": result.exit_code, "devices": jax.device_count()}))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Pod:
+    """Starts the processes of runs of one small config and reads what they left."""
+
+    def __init__(self, folder: Path, num_steps: int):
+        self.folder = folder
+        self.config = folder / "pod.py"
+        self.config.write_text(CONFIG.format(smoke=str(ROOT / "configs/pretrain/smoke.py"), steps=num_steps))
+
+    def start(self, num_processes: int, devices_each: int, *overrides: str, program: list[str] | None = None):
+        """The processes, each with its own report and log."""
+        port = free_port()
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}"}
+        started = []
+        for i in range(num_processes):
+            distributed = [
+                "distributed.cluster=explicit", f"distributed.coordinator=127.0.0.1:{port}",
+                f"distributed.num_processes={num_processes}", f"distributed.process_id={i}",
+            ] if num_processes > 1 else []  # fmt: skip
+            command = program or ["-c", PROGRAM, str(self.config), str(self.folder / f"report{i}.json")]
+            log = open(self.folder / f"log{i}.txt", "w")
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *command, f"run.workdir={self.folder / 'runs'}", *distributed, *overrides],
+                    cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+            log.close()
+        return started
+
+    def run(self, num_processes: int, devices_each: int, *overrides: str) -> list[dict]:
+        """Run to the end and return the reports of all processes."""
+        processes = self.start(num_processes, devices_each, *overrides)
+        codes = [process.wait(timeout=600) for process in processes]
+        assert codes == [0] * num_processes, "\n".join(self.log(i) for i in range(num_processes))
+        return [json.loads((self.folder / f"report{i}.json").read_text()) for i in range(num_processes)]
+
+    def log(self, process: int) -> str:
+        return (self.folder / f"log{process}.txt").read_text()
+
+    @property
+    def root(self) -> Path:
+        (root,) = (self.folder / "runs" / "pod").iterdir()
+        return root
+
+    def losses(self) -> dict[int, float]:
+        lines = [json.loads(line) for line in (self.root / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process on one device, never interrupted."""
+    pod = Pod(tmp_path_factory.mktemp("alone"), num_steps=6)
+    (report,) = pod.run(1, 1)
+    return report, pod.losses()
+
+
+def same(alone, pod, reports):
+    expected, losses = alone
+    for report in reports:
+        assert report["hashes"] == expected["hashes"]
+    got = pod.losses()
+    assert got.keys() == losses.keys()
+    for step, loss in losses.items():
+        assert got[step] == pytest.approx(loss, rel=1e-6), step
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_one(alone, tmp_path):
+    """Two processes of two devices train, save and end; one process with other devices finishes the run."""
+    pod = Pod(tmp_path, num_steps=6)
+    reports = pod.run(2, 2, "run.stop_step=3")
+    assert [r["devices"] for r in reports] == [4, 4]
+    reports += pod.run(1, 1)
+    same(alone, pod, reports)
+
+
+@pytest.mark.slow
+def test_four_two_one_processes(alone, tmp_path):
+    pod = Pod(tmp_path, num_steps=6)
+    reports = pod.run(4, 2, "run.stop_step=2")
+    reports += pod.run(2, 2, "run.stop_step=4")
+    reports += pod.run(1, 2)
+    same(alone, pod, reports)
+
+
+@pytest.mark.slow
+def test_eight_then_four_by_two_then_two_by_two_by_two(alone, tmp_path):
+    pod = Pod(tmp_path, num_steps=6)
+    reports = pod.run(1, 8, "run.stop_step=2")
+    reports += pod.run(1, 8, "run.stop_step=4", "mesh.fsdp=4", "mesh.tensor=2")
+    reports += pod.run(1, 8, "mesh.replica=2", "mesh.fsdp=2", "mesh.tensor=2")
+    same(alone, pod, reports)
+
+
+def wait_for_step(pod: Pod, step: int, processes, timeout_s: float = 300) -> None:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        assert all(p.poll() is None for p in processes), "\n".join(pod.log(i) for i in range(len(processes)))
+        if (pod.folder / "runs" / "pod").is_dir() and (pod.root / "metrics.jsonl").exists():
+            if max(pod.losses(), default=0) >= step:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {timeout_s} s")
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_other_within_a_minute_with_a_clear_line(alone, tmp_path):
+    pod = Pod(tmp_path, num_steps=100_000)
+    main = ["-m", "pretrain.main", "--config", str(pod.config)]
+    processes = pod.start(2, 2, "checkpoint.every_steps=2", program=main)
+    try:
+        wait_for_step(pod, 4, processes)
+        processes[1].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        code = processes[0].wait(timeout=60)
+        assert time.monotonic() - began < 60
+        assert code == 7, pod.log(0)
+        (line,) = (line for line in pod.log(0).splitlines() if line.startswith("error: "))
+        assert "lost another" in line
+        assert "resume" in line
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
+    pod = Pod(tmp_path, num_steps=100_000)
+    processes = pod.start(2, 2, program=["-m", "pretrain.main", "--config", str(pod.config)])
+    try:
+        wait_for_step(pod, 2, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        assert [p.wait(timeout=120) for p in processes] == [75, 75], pod.log(0) + pod.log(1)
+        assert list((pod.root / "checkpoints").glob("*/manifest.json"))
+    finally:
+        for process in processes:
+            process.kill()
