@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
+from pretrain.jobs.api import JobsFailed
 from synth.stage import StageFailed
 
 EXIT_BAD_INPUT = 2
@@ -14,7 +15,7 @@ EXIT_STOPPED_BY_BUDGET = 75
 def main(argv: Sequence[str]) -> int:
     """Run one job; the return value is the exit code.
 
-    0 done, 2 bad input, 6 too many items failed, 75 stopped by the budget (a larger one goes on from there).
+    0 done, 2 bad input, 6 too many items or a job failed, or a base its gate, 75 stopped by the budget (a larger one goes on from there).
     """
     try:
         path, overrides = parse_argv(argv)
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except StageFailed as error:
+    except (StageFailed, JobsFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED_ITEMS
 

@@ -23,8 +23,8 @@ class Arm:
 class Tuning:
     """How every arm continues. The sources of `train` are the replay, which fills the share `replay` of all rows.
 
-    An arm is asked at `budget_steps`, multiples of the first of them: one run gives all budgets, and the text of
-    a smaller budget is a part of that of a larger one.
+    An arm is asked at `budget_steps`: one run gives all budgets, and the text of a smaller budget is a part of that
+    of a larger one. The rate of `train` should not fall before its end, or small budgets never see the low rate.
     """
 
     train: TrainConfig
@@ -34,8 +34,8 @@ class Tuning:
     def __post_init__(self):
         faults = []
         steps = self.budget_steps
-        if not steps or any(step % steps[0] for step in steps) or list(steps) != sorted(set(steps)):
-            faults.append(f"budget_steps must rise in multiples of the first, got {steps}")
+        if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
+            faults.append(f"budget_steps must rise from 1 or more, got {steps}")
         elif steps[-1] != self.train.run.num_steps:
             faults.append(
                 f"the last of budget_steps must be train.run.num_steps, got {steps[-1]} and {self.train.run.num_steps}"

@@ -184,12 +184,11 @@ def arm_config(tuning: Tuning, base: Pretrained | Path, corpus: str | None, work
         stages = replay_stages({OWN_TEXT: 1.0}, replay, ((0, tuning.replay),))
         own = JsonlConfig(name=OWN_TEXT, path=corpus, heldout_percent=0.0)
         data = replace(data, sources=(own, *data.sources))
-    every = tuning.budget_steps[0]
     return replace(
         train,
         data=replace(data, stages=stages),
         run=replace(train.run, workdir=str(workdir)),
-        checkpoint=replace(train.checkpoint, keep_every_steps=every),
+        checkpoint=replace(train.checkpoint, keep_steps=tuning.budget_steps),
         init=str(base) if isinstance(base, Path) else base,
     )
 

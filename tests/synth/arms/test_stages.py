@@ -24,7 +24,7 @@ def test_own_text_and_replay_fill_their_shares_of_the_rows(experiment):
     (stage,) = config.data.stages
     assert stage.weights[OWN_TEXT] == pytest.approx(1 - tuning.replay)
     assert sum(stage.weights.values()) == pytest.approx(1.0)
-    assert (config.init, config.run.seed, config.checkpoint.keep_every_steps) == ("base", 1, 1)
+    assert (config.init, config.run.seed, config.checkpoint.keep_steps) == ("base", 1, (1, 2))
 
 
 def test_an_arm_without_text_reads_replay_alone(experiment):
@@ -41,8 +41,8 @@ def test_a_budget_counts_positions_of_own_text(experiment):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budget_steps": (2, 3)}, "multiples of the first"),
-        ({"budget_steps": (2, 1)}, "multiples of the first"),
+        ({"budget_steps": (0, 2)}, "must rise from 1"),
+        ({"budget_steps": (2, 1)}, "must rise from 1"),
         ({"budget_steps": (1, 3)}, "num_steps"),
         ({"replay": 0.0}, "replay must lie"),
     ],
