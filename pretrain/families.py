@@ -125,7 +125,7 @@ FAMILIES = (
         names=_POST_NORM_NAMES,
         fixed={"qk_norm": False, **_GEMMA},
         defaults={
-            "tie_word_embeddings": True, "rope_theta": 10_000.0, "head_dim": 256, "sliding_window": 4096,
+            "tie_word_embeddings": True, "rope_theta": 10_000.0, "head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2,
             "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
         },
         activation_key="hidden_activation",
@@ -233,14 +233,8 @@ def _layer_kinds(family: Family, get: _Reader, num_layers: int) -> list[LayerKin
     window = get("sliding_window", default=None)
     types = get("layer_types", default=None)
     if types is None:
-        period = get("sliding_window_pattern", default=None)
-        if family.model_type == "gemma2":
-            period = 2
-        windowed = period is not None and window is not None
-        types = [
-            "sliding_attention" if windowed and (i + 1) % period else "full_attention"
-            for i in range(num_layers)
-        ]
+        period = 1 if window is None else get("sliding_window_pattern", default=1)
+        types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers)]
         if get("use_sliding_window", default=False):  # Qwen: the upper layers are windowed
             first = get("max_window_layers", default=0)
             types = [
@@ -532,7 +526,7 @@ def _load_leaf(
     layout: Any,
     adjust: Adjust | None,
 ) -> jax.Array:
-    devices_of: dict[tuple, list[jax.Device]] = {}
+    devices_of: dict[tuple, list[Any]] = {}
     for device, index in layout.addressable_devices_indices_map(shape).items():
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
