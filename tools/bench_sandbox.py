@@ -1,7 +1,8 @@
 """What a jail costs and how fast a tree dies, level by level: `python -m tools.bench_sandbox [runs=30] [out=FILE]`.
 
 Overhead is the median of empty jobs, from nothing to nothing, less the median of the same job as a plain process; the levels
-take turns, so that a host that slows down slows them all. A kill is timed from the order to the empty control group.
+take turns, so that a host that slows down slows them all. On a busy host read `cpu_ms`, the processor time that the harness and
+the launcher use for an empty job: what the overhead is when nobody else wants the processor. A kill is timed from the order to the empty control group.
 """
 
 import json
@@ -9,11 +10,22 @@ import os
 import platform
 import statistics
 import sys
+import time
 from pathlib import Path
 
-from research_env.sandbox.ladder import measure_kill_s, measure_launch_s, probe
+from research_env.sandbox.cgroup import find_hierarchies
+from research_env.sandbox.ladder import measure_kill_s, measure_launch_s, probe, start_job
 
 LEVELS = ("bwrap", "unshare", "landlock")
+
+
+def launch_cpu_s(level: str) -> float:
+    """Processor seconds of an empty job: this process, and all that ran in the job's control group."""
+    start = time.process_time()
+    job, scratch = start_job(level, ["/bin/true"], find_hierarchies())
+    outcome = job.wait()
+    scratch.remove()
+    return time.process_time() - start + outcome.cpu_s
 
 
 def main(argv: list[str]) -> int:
@@ -31,6 +43,10 @@ def main(argv: list[str]) -> int:
         for level in seconds:
             seconds[level] += measure_launch_s(level, num_runs=1)
     kills = {level: [measure_kill_s(level) for _ in range(10)] for level in levels}
+    cpu_ms = {
+        level: 1000 * statistics.median(launch_cpu_s(level) for _ in range(int(options["runs"])))
+        for level in seconds
+    }
     plain_ms = 1000 * statistics.median(seconds["none"])
     report = {
         "host": f"{platform.machine()}, {os.cpu_count()} cores, kernel {platform.release()}",
@@ -39,6 +55,7 @@ def main(argv: list[str]) -> int:
         "plain_ms": plain_ms,
         "overhead_ms": {level: 1000 * statistics.median(seconds[level]) - plain_ms for level in levels},
         "overhead_least_ms": {level: 1000 * (min(seconds[level]) - min(seconds["none"])) for level in levels},
+        "cpu_ms": cpu_ms,
         "kill_50_ms": {level: 1000 * statistics.median(kills[level]) for level in levels},
         "kill_50_worst_ms": {level: 1000 * max(kills[level]) for level in levels},
     }
