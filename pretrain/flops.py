@@ -252,7 +252,12 @@ def _count_equation(equation: Any, expert_parts: int) -> float:
         times = params["mesh"].size  # inside, shapes are those of one device; ours take all axes
         expert_parts = params["mesh"].shape["expert"]
     elif name == "pallas_call":
-        times = math.prod(params["grid_mapping"].grid)
+        grid = params["grid_mapping"].grid
+        if not all(isinstance(size, int) for size in grid):
+            raise NotImplementedError(
+                "a kernel visits as many blocks as its rows need, known only when it runs"
+            )
+        times = math.prod(grid)
     inner_flops = sum(_count(inner, expert_parts) for inner in _inner(params))
     if name == "while" and inner_flops:
         raise NotImplementedError("a while loop with matmuls has no known number of iterations; use scan")

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness drives a model of ours (extra `[lm_eval]`; a config imports this file).
+"""EleutherAI's lm-evaluation-harness drives a model of ours (extra `[harness]`; a config imports this file).
 
 The harness brings the tasks, the prompts and the metrics; the model answers its three kinds of requests:
 log-likelihoods of continuations, of whole texts, and greedy or sampled text until a stop string.

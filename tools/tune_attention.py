@@ -86,7 +86,7 @@ def candidates(impl: str, width: int) -> list[Blocks]:
         case "pallas_hopper":
             return list(hopper_candidates(width))
         case "pallas_tpu":
-            return list(tpu_candidates((512, 1024, 256, 2048), (512, 256)))
+            return list(tpu_candidates((512, 1024, 256), (512, 256)))
         case "tpu_interpret":
             return list(tpu_candidates((32, 64), (32,)))
     raise AssertionError(impl)

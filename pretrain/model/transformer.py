@@ -298,7 +298,15 @@ def attend(
     """
     mesh = current_mesh()
     if mesh is None:
-        return attention(q_BTNH, k_BTKH, v_BTKH, plan=plan, spec=spec, impl=impl)
+
+        def whole(q: jax.Array, k: jax.Array, v: jax.Array, plan: PackPlan) -> jax.Array:
+            return attention(q, k, v, plan=plan, spec=spec, impl=impl)
+
+        if not jax.sharding.get_abstract_mesh().empty:
+            # A mesh of one device: interpreted kernels know no explicit axes outside of shard_map.
+            everywhere = jax.sharding.PartitionSpec()
+            whole = jax.shard_map(whole, in_specs=everywhere, out_specs=everywhere)
+        return whole(q_BTNH, k_BTKH, v_BTKH, plan)
     num_tensor, num_kv_heads = mesh.shape["tensor"], k_BTKH.shape[2]
     if num_kv_heads % num_tensor:
         if num_tensor % num_kv_heads:
@@ -319,9 +327,14 @@ def attend(
     q_spec = activation_spec(("batch", "time", "heads", None), q_BTNH.shape)
     kv_spec = activation_spec(("batch", "time", "kv_heads", None), k_BTKH.shape)
     plan_spec = jax.tree.map(lambda x: activation_spec(("batch", None), x.shape), plan)
-    return jax.shard_map(local, in_specs=(q_spec, kv_spec, kv_spec, plan_spec), out_specs=q_spec)(
-        q_BTNH, k_BTKH, v_BTKH, plan
+    # Interpreted kernels mix what varies over an axis with what does not; compiled ones are opaque.
+    mapped = jax.shard_map(
+        local,
+        in_specs=(q_spec, kv_spec, kv_spec, plan_spec),
+        out_specs=q_spec,
+        check_vma=impl != "tpu_interpret",
     )
+    return mapped(q_BTNH, k_BTKH, v_BTKH, plan)
 
 
 def _repeat_heads(x_BTKH: jax.Array, times: int) -> jax.Array:

@@ -15,7 +15,7 @@ from pretrain.model.transformer import ModelConfig, abstract_params
 from pretrain.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("lm_eval", reason="the [lm_eval] extra is not installed")
+pytest.importorskip("lm_eval", reason="the [harness] extra is not installed")
 bridge = importlib.import_module("pretrain.lm_eval_bridge")
 
 MODEL = ModelConfig(

@@ -160,7 +160,9 @@ def test_hopper_tiles_fit_the_matrix_unit():
 
 def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
     """Kernels are opaque to the partitioner: batch over data, heads over tensor, keys gathered over context."""
-    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "context"))
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("data", "tensor", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
     rng = np.random.default_rng(0)
     q, do = (rng.normal(size=(2, 32, 4, 8)).astype(np.float32) for _ in range(2))
     k, v = (rng.normal(size=(2, 32, 2, 8)).astype(np.float32) for _ in range(2))
@@ -180,6 +182,7 @@ def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
             mesh=mesh,
             in_specs=(part,) * 3,
             out_specs=part,
+            check_vma=False,  # interpreted kernels mix what varies over an axis with what does not
         )
         o, transpose = jax.vjp(f, q, k, v)
         return o, *transpose(do)
