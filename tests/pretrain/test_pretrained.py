@@ -60,7 +60,7 @@ def run(tmp_path_factory):
     tokenizer.save(folder / "tokenizer.json")
     checkpointer = Checkpointer(folder / "checkpoints", to_json(config), "data")
     for step in (3, 5):
-        moved = jax.tree.map(lambda x, s=step: x + 5 - s, params)
+        moved = jax.tree.map(lambda x, s=step: x + (5 - s), params)
         state = State(jnp.int32(step), moved, {"count": jnp.int32(step)}, {"accepted": jnp.int32(step)})
         checkpointer.save(state, step)
     checkpointer.close()
