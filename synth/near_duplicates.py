@@ -61,7 +61,7 @@ class DuplicateFinder:
         shingles = shingles_of(text, self._width)
         if not shingles:
             return None
-        candidates = self._index.query(self._sketch(shingles))
+        candidates = [str(key) for key in self._index.query(self._sketch(shingles))]
         scored = sorted((-jaccard(shingles, self._shingles[key]), key) for key in candidates)
         return scored[0][1] if scored and -scored[0][0] >= self._bound else None
 

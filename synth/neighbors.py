@@ -212,15 +212,15 @@ class InvertedLists:
         empty.train(vectors.read(vectors.sample(self.num_train, self.seed)))
         indices = []
         for file in range(vectors.num_files):
-            index = faiss.clone_index(empty)
+            filled = faiss.clone_index(empty)
             rows = vectors.rows_of(file)
             for start in range(0, len(rows), _BASE_ROWS):
                 part = rows[start : start + _BASE_ROWS]
-                index.add_with_ids(vectors.read(part), part)
+                filled.add_with_ids(vectors.read(part), part)
             path = folder / f"{file:05d}.faiss"
-            faiss.write_index(index, str(path))
-            del index
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+            faiss.write_index(filled, str(path))
+            del filled
+            index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
             index.nprobe = min(self.num_probes, lists)
             indices.append(index)
         count = self.propose_factor * num_neighbors + _EXACT_MARGIN

@@ -132,37 +132,40 @@ def derange(pairs: Pairs, length_N: np.ndarray, seed: int) -> Pairs:
     """The same firsts with the seconds of other pairs of about equal length, none its own and none the first itself.
 
     Seconds are exchanged inside buckets of equal length, doubling bounds; a bucket in which they cannot be joins
-    the next shorter one.
+    the next longer one.
 
     Raises:
       ConfigError: there are too few different documents.
     """
     bucket_P = np.floor(np.log2(np.maximum(length_N[pairs.second_P], 1))).astype(int)
-    groups = [np.flatnonzero(bucket_P == bucket) for bucket in np.unique(bucket_P)]
-    second_P = pairs.second_P.copy()
-    while groups:
-        members = groups.pop()
-        found = _deranged(
-            pairs.first_P[members], pairs.second_P[members], stable_seed("derange", seed, len(groups))
-        )
-        while found is None and groups:
-            members = np.concatenate([groups.pop(), members])
-            key = stable_seed("derange", seed, len(groups))
-            found = _deranged(pairs.first_P[members], pairs.second_P[members], key)
-        if found is None:  # the shortest cannot do alone: all of them together
-            members = np.arange(len(pairs))
-            found = _deranged(pairs.first_P, pairs.second_P, stable_seed("derange", seed, "all"))
-        if found is None:
+    found: list[tuple[np.ndarray, np.ndarray]] = []  # members, their new seconds
+    left = np.zeros(0, int)
+    for bucket in np.unique(bucket_P).tolist():
+        left = np.concatenate([left, np.flatnonzero(bucket_P == bucket)])
+        seconds = _deranged(pairs, left, stable_seed("derange", seed, bucket))
+        if seconds is not None:
+            found.append((left, seconds))
+            left = np.zeros(0, int)
+    while len(left):  # the longest cannot do alone
+        if not found:
             raise ConfigError(
                 f"random pairs need more than a few different documents, got {len(np.unique(pairs.second_P))} seconds "
                 f"in {len(pairs)} pairs; lower the threshold or take more documents"
             )
-        second_P[members] = found
+        left = np.concatenate([found.pop()[0], left])
+        seconds = _deranged(pairs, left, stable_seed("derange", seed, "joined", len(found)))
+        if seconds is not None:
+            found.append((left, seconds))
+            left = np.zeros(0, int)
+    second_P = pairs.second_P.copy()
+    for members, seconds in found:
+        second_P[members] = seconds
     return Pairs(first_P=pairs.first_P, second_P=second_P, similarity_P=np.zeros(len(pairs), np.float32))
 
 
-def _deranged(first_P: np.ndarray, second_P: np.ndarray, seed: int) -> np.ndarray | None:
-    """A permutation of the seconds with no forbidden place, by exchanges; None when it does not settle."""
+def _deranged(pairs: Pairs, members: np.ndarray, seed: int) -> np.ndarray | None:
+    """A permutation of the members' seconds with no forbidden place, by exchanges; None when it does not settle."""
+    first_P, second_P = pairs.first_P[members], pairs.second_P[members]
     count = len(second_P)
     chance = random.Random(seed)
     order = list(range(count))
@@ -185,8 +188,10 @@ def _lowest(group_X: np.ndarray, priority_X: np.ndarray, count: int) -> np.ndarr
     """Indices of the `count` entries with the lowest priority in each group."""
     order = np.lexsort((priority_X, group_X))
     ordered = group_X[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else []
-    rank = np.arange(len(ordered)) - np.repeat(starts, np.diff([*starts, len(ordered)]))
+    is_start = np.ones(len(ordered), bool)
+    is_start[1:] = ordered[1:] != ordered[:-1]
+    starts = np.flatnonzero(is_start)
+    rank = np.arange(len(ordered)) - np.repeat(starts, np.diff(np.append(starts, len(ordered))))
     return np.sort(order[rank < count])
 
 
@@ -208,7 +213,7 @@ class Barred:
     Sketches propose near-duplicates, shingles of the texts decide.
     """
 
-    def __init__(self, texts: Sequence[str], roots: Sequence[str], rule: PairRule):
+    def __init__(self, texts: list[str], roots: list[str], rule: PairRule):
         self._texts, self._rule = texts, rule
         self._root_N = np.unique(np.array(roots), return_inverse=True)[1]
         self._sketch_NS = sketches_of(texts, shingle_words=rule.shingle_words)
@@ -220,8 +225,8 @@ class Barred:
             part = slice(start, start + (1 << 16))
             alike = (self._sketch_NS[first[part]] == self._sketch_NS[second[part]]).mean(axis=1)
             for i in np.flatnonzero(alike >= bound - _SKETCH_MARGIN) + start:
-                a, b = (shingles_of(self._texts[row[i]], width) for row in (first, second))
-                found[i] = jaccard(a, b) >= bound
+                a, b = (shingles_of(self._texts[int(row[i])], width) for row in (first, second))
+                found[i] |= jaccard(a, b) >= bound
         return found
 
 
@@ -296,7 +301,7 @@ class Pair:
             )
 
     def _documents(
-        self, kind: str, part: str, pairs: Pairs, ids: Sequence[str], recipe: str
+        self, kind: str, part: str, pairs: Pairs, ids: list[str], recipe: str
     ) -> Iterator[Document]:
         rows = zip(pairs.first_P.tolist(), pairs.second_P.tolist(), pairs.similarity_P.tolist(), strict=True)
         for number, (first, second, similarity) in enumerate(rows):
