@@ -207,7 +207,7 @@ class ArmsConfig:
                     if chosen:
                         entries.append(entry(arm.name + mark, tokens, marks(chosen)))
         workdir = Path(self.run.workdir)
-        title = f"{len(names)} replicates, {sum(len(asked[n].questions) for n in names):,} questions"
+        title = f"{sum(len(asked[n].questions) for n in names):,} questions, replicates: {', '.join(names)}"
         lines = [*levels, *entries]
         replay = {
             arm.name: _mean(

@@ -133,7 +133,11 @@ async def _judge_one(judge: LLM, document: str, summary: str, source: str, confi
         if random.Random(stable_seed(config.seed, "twice", document, i, claim)).random() < config.twice
     ]
     second = await asyncio.gather(*(_verdict(judge, source, claims[i], 1, config) for i in again))
-    pairs = [(a, b) for a, b in zip((first[i] for i in again), second, strict=True) if a and b]
+    pairs: list[tuple[Verdict, Verdict]] = []
+    for i, other in zip(again, second, strict=True):
+        verdict = first[i]
+        if verdict is not None and other is not None:
+            pairs.append((verdict, other))
     return Judged(
         document=document,
         verdicts=tuple(verdict for verdict in first if verdict),
