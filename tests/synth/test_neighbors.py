@@ -1,5 +1,6 @@
 """Neighbors: exact search is brute force, files do not matter, approximate search is measured."""
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +8,16 @@ from hypothesis import strategies as st
 
 from pretrain.config import ConfigError
 from synth.neighbors import Exact, Graph, InvertedLists, Vectors, recall, search
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for one another by spinning take minutes for milliseconds of work on a machine that is busy."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
+
 
 LISTS = InvertedLists(num_lists=16, num_probes=6, num_bytes=8)
 
