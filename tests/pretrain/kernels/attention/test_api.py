@@ -176,7 +176,7 @@ def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
         return attention(q, k, v, plan=plan, q_offset=offset, impl="tpu_interpret", config=SMALL)
 
     @jax.jit
-    def sharded(q, k, v):
+    def sharded(q, k, v, do):
         f = jax.shard_map(
             lambda q, k, v: local(q, k, v, segments_of_shard(segments)),
             mesh=mesh,
@@ -197,6 +197,6 @@ def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
         return o, *transpose(do)
 
     with jax.set_mesh(mesh):
-        got = sharded(q, k, v)
+        got = sharded(*(jax.device_put(x, jax.sharding.NamedSharding(mesh, part)) for x in (q, k, v, do)))
     for x, r in zip(got, whole(q, k, v), strict=True):
         np.testing.assert_allclose(x, r, rtol=2e-5, atol=2e-5)
