@@ -47,7 +47,12 @@ MESHES = {
 }
 PAIRS = [pytest.param(model, mesh, id=f"{model}-{mesh}") for model in MODELS for mesh in MESHES]
 # A program a mesh and model: minutes of compiling.
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skip(
+        reason="18 programs to compile, not run in full yet on any machine; their bounds are not proven"
+    ),
+]
 
 
 def packed_batch() -> Batch:
