@@ -37,7 +37,6 @@ ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = (
 # Slow tests that have never come to their end on a quiet machine. Run one by hand, mend what it shows, take it off.
 UNPROVEN: tuple[str, ...] = (
     "pretrain/scaling/test_coordinates.py",
-    "pretrain/test_aot.py",
     "pretrain/scaling/test_main.py",
     "pretrain/scaling/test_report.py",
     "pretrain/test_evaluate.py",
