@@ -21,6 +21,8 @@ pytestmark = [
     pytest.mark.slow,
     # submitit's local executor drops the handle of a canceled process before that one has ended.
     pytest.mark.filterwarnings("ignore:subprocess [0-9]+ is still running:ResourceWarning"),
+    # Ray forks its servers and replaces them at once (exec); jax warns of any fork once another file has used it.
+    pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning"),
 ]
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the [ray] extra")
 needs_submitit = pytest.mark.skipif(
