@@ -154,10 +154,11 @@ class Checkpointer:
         assert set(extras) <= set(_JSON_ITEMS), f"extras are {_JSON_ITEMS}, got {sorted(extras)}"
         self.wait()
         self._last_save = time.monotonic()
-        if self._has_manifest(step):
-            return time.perf_counter() - began
         if self._writer:
             self._remove_unfinished(step)
+        # The first process decides: it alone writes manifests, later than the others see their save committed.
+        if _same_everywhere([int(self._has_manifest(step))])[0]:
+            return time.perf_counter() - began
         groups = _groups(state)
         ledger = extras.get("ledger", Ledger())
         items: dict[str, Any] = {
