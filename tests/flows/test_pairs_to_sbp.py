@@ -11,6 +11,7 @@ from synth.main import main
 from synth.shards import read_documents
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 SMOKE = str(ROOT / "configs/synth/sbp_smoke.py")
 
 

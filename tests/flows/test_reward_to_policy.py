@@ -12,6 +12,7 @@ from pretrain.rl.reward import RandomReward
 from pretrain.train import train
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 TINY = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.num_kv_heads=1", "model.head_width=16",
         "model.hidden_width=64"]  # fmt: skip
 

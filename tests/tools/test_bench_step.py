@@ -133,6 +133,7 @@ def test_our_rows_are_packed():
         assert len(runs) > 1
 
 
+@pytest.mark.slow
 def test_our_step_learns_its_batch_and_the_report_is_written(seen, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench_step.SHAPES, "0.87m", TINY)
     out = tmp_path / "report.json"

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from pretrain.data.batch import Batch
 from pretrain.loss import LossConfig
@@ -49,6 +50,7 @@ def losses(impl):
     return np.array(curve)
 
 
+@pytest.mark.slow
 def test_twenty_steps_equal_xla():
     ours, theirs = losses("tpu_interpret"), losses("xla")
     assert theirs[-1] < 0.8 * theirs[0]
