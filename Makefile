@@ -10,7 +10,7 @@ STAMP = $(shell $(PYTHON) -c 'import hashlib, sys; print(sys.version_info[:3], h
 SLOW_VENV := .venv-slow
 SLOW_EXTRAS := seqio,parquet,hf,harness,endpoint,ray,slurm,wandb,tpu,peers
 
-.PHONY: quickstart test test-slow check venv venv-slow clean help
+.PHONY: quickstart test test-slow check thesis sandbox venv venv-slow clean help
 
 # $(call install,FOLDER,REQUIREMENT,MODELS): make the environment anew unless it stands with these very versions.
 # MODELS are packages that hold weights; what they themselves require is not wanted.
@@ -42,6 +42,13 @@ check: venv  ## format, lint, types, then the default tests
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(RUN) $(PYTEST)
+
+thesis: venv  ## the three curves of the thesis: hours on two cores, resumes, ends in one HTML page
+	$(RUN) -m tools.thesis --workdir runs/thesis
+
+sandbox: venv  ## what this machine can isolate, shown by attempting it; what to install where it cannot
+	@command -v bwrap >/dev/null || echo "bubblewrap is missing: apt-get install bubblewrap (Debian, Ubuntu) or dnf install bubblewrap (Fedora)"
+	$(RUN) -m research_env.doctor
 
 venv:
 	$(call install,$(VENV),.)
