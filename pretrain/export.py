@@ -4,6 +4,7 @@ The model is a checkpoint of ours, a folder, or what a config names, such as a G
 """
 
 import dataclasses
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Literal
@@ -72,4 +73,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # A config names this module as pretrain.export; run as a script it would have classes of its own.
+    sys.exit(importlib.import_module("pretrain.export").main(sys.argv[1:]))

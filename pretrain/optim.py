@@ -13,6 +13,7 @@ import optax
 from optax import contrib
 
 from pretrain.config import ConfigError
+from pretrain.model.adapters import trained_part
 from pretrain.model.layers import ParamSpec
 from pretrain.model.moe import BiasBalance
 from pretrain.model.transformer import ModelConfig, param_specs
@@ -336,6 +337,7 @@ def make_optimizer(
             f"optim.schedule.num_warmup_steps must not exceed run.num_steps={num_steps}, got {num_warmup}; "
             "shorten the warmup or train longer"
         )
+    params = trained_part(params)
     m = model_config.width_multiplier
     parts: list[optax.GradientTransformation] = []
     if config.clip_norm is not None:

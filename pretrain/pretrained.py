@@ -4,6 +4,7 @@ Three kinds: a checkpoint of ours (here), a folder of the ecosystem (hf.py), a G
 config names). Training starts from any of them, evaluation and sampling read them.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,20 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from pretrain.checkpoint import MANIFEST, NoCheckpoint, read_item, restore_params, saved_steps
+from pretrain.checkpoint import (
+    MANIFEST,
+    AllCheckpointsBad,
+    Damaged,
+    NoCheckpoint,
+    read_item,
+    restore_params,
+    saved_steps,
+)
 from pretrain.config import ConfigError, from_json
 from pretrain.hf import HfFolder, check_same_model
+from pretrain.model.adapters import merged_params
 from pretrain.model.transformer import ModelConfig, Params, abstract_params, param_shardings
+from pretrain.sharding import OnMesh
 from pretrain.tokenizer import LOSSLESS_PROBES, Tokenizer
 
 _TOKENIZER_PROBES = (
@@ -43,12 +54,12 @@ class Checkpoint:
     path: str
 
     def model_config(self) -> ModelConfig:
-        """As it was trained.
+        """As it was trained; adapters count as merged.
 
         Raises:
-          NoCheckpoint: there is none.
+          NoCheckpoint, AllCheckpointsBad: see checkpoint.py.
         """
-        return from_json(self._config()["model"])
+        return from_json(self._config()["model"]).base()
 
     def vocab_size(self) -> int:
         return self.tokenizer().vocab_size
@@ -69,14 +80,21 @@ class Checkpoint:
         )
 
     def params(self, model: ModelConfig, mesh: Mesh | None = None) -> Params:
-        """Its verified parameters.
+        """Its verified parameters, adapters merged.
 
         Raises:
           NoCheckpoint, AllCheckpointsBad: see checkpoint.py.
           ConfigError: `model` is another.
         """
         check_same_model(self.model_config(), model, self.path)
-        return restore_params(self.folder(), _laid_out(model, self.vocab_size(), mesh))
+        return self.params_as(model, self.vocab_size(), mesh)
+
+    def params_as(self, model: ModelConfig, vocab_size: int, mesh: Mesh | None) -> Params:
+        """As `params`, for any model whose shapes fit."""
+        fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelConfig)}
+        stored = dataclasses.replace(from_json(self._config()["model"]), **fields)
+        params = restore_params(self.folder(), _laid_out(stored, vocab_size, mesh))
+        return params if stored == stored.base() else OnMesh(jax.jit(merged_params), mesh)(params)
 
     def folder(self) -> Path:
         """The checkpoint folder; `path` may be the run folder around it."""
@@ -85,15 +103,20 @@ class Checkpoint:
 
     def _config(self) -> Mapping[str, Any]:
         folder = self.folder()
-        step = folder if (folder / MANIFEST).is_file() else None
-        if step is None:
-            steps = saved_steps(folder) if folder.is_dir() else []
-            if not steps:
-                raise NoCheckpoint(
-                    f"a checkpoint is needed, and {folder} holds none; train first or name another folder"
-                )
-            step = folder / str(steps[-1])
-        return read_item(step, "meta")["config"]
+        if (folder / MANIFEST).is_file():
+            steps = [folder]
+        else:
+            numbers = saved_steps(folder) if folder.is_dir() else []
+            steps = [folder / str(number) for number in reversed(numbers)]
+        if not steps:
+            raise NoCheckpoint(
+                f"a checkpoint is needed, and {folder} holds none; train first or name another folder"
+            )
+        for step in steps:
+            # A damaged step is left to whoever restores parameters: here the next older one says the same.
+            with contextlib.suppress(Damaged):
+                return read_item(step, "meta")["config"]
+        raise AllCheckpointsBad(f"a readable checkpoint is needed, and all in {folder} are damaged")
 
 
 def _laid_out(model: ModelConfig, vocab_size: int, mesh: Mesh | None) -> Any:
@@ -132,7 +155,8 @@ def load_init(init: str | Pretrained, model: ModelConfig, tokenizer: Tokenizer, 
     """The parameters that a run starts from, proven to belong to its model and its tokenizer.
 
     `init` is a checkpoint folder, a model folder, or what names a model in another way. A checkpoint of ours is
-    taken when its shapes fit: a run may go on with another window or rotary base on purpose.
+    taken when its shapes fit: a run may go on with another window or rotary base on purpose. Adapters of `model`
+    are not among them: those of a new run are new.
 
     Raises:
       NoCheckpoint, AllCheckpointsBad: see checkpoint.py.
@@ -140,12 +164,10 @@ def load_init(init: str | Pretrained, model: ModelConfig, tokenizer: Tokenizer, 
     """
     if isinstance(init, str):
         if not is_model_folder(init) and not init.endswith(".gguf"):
-            return restore_params(
-                Checkpoint(path=init).folder(), _laid_out(model, tokenizer.vocab_size, mesh)
-            )
+            return Checkpoint(path=init).params_as(model.base(), tokenizer.vocab_size, mesh)
         init = open_pretrained(init)
     check_same_tokenizer(init, tokenizer)
-    return init.params(model, mesh)
+    return init.params(model.base(), mesh)
 
 
 def check_same_tokenizer(source: Pretrained, tokenizer: Tokenizer) -> None:

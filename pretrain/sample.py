@@ -9,6 +9,7 @@ whole or not at all.
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -288,4 +289,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # A config names this module as pretrain.sample; run as a script it would have classes of its own.
+    sys.exit(importlib.import_module("pretrain.sample").main(sys.argv[1:]))

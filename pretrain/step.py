@@ -19,6 +19,7 @@ from pretrain.config import ConfigError
 from pretrain.data.batch import Batch
 from pretrain.health import HealthConfig, guard, init_health, keep_if
 from pretrain.loss import LossConfig, LossSums, cross_entropy
+from pretrain.model.adapters import trained_part, with_trained_part
 from pretrain.model.transformer import (
     ModelConfig,
     Params,
@@ -85,7 +86,7 @@ def new_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(trained_part(params)),
         health=init_health(health),
     )
 
@@ -139,9 +140,11 @@ def init_state(
     health: HealthConfig = HealthConfig(),
     params: Params | None = None,
 ) -> TrainState:
-    """A fresh state; with `params` (imported, restored) it starts from those."""
+    """A fresh state; with `params` (imported, restored) it starts from those, and adapters of `model` are added."""
     if params is None:
         params = init_params(model, vocab_size, seed, mesh)
+    else:
+        params = model.complete(params, jax.random.key(seed % 2**32))
     layouts = None
     if mesh is not None:
         layouts = jax.tree.map(
@@ -215,17 +218,23 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_batch(batch, num_microbatches, mesh)
-        sums, grads = _sums_and_gradient(loss, state.params, batch, num_microbatches)
+        trained = trained_part(state.params)
+
+        def loss_of(trained: Params, part: Batch) -> LossSums:
+            return loss(with_trained_part(state.params, trained), part)
+
+        sums, grads = _sums_and_gradient(loss_of, trained, batch, num_microbatches)
         grads = jax.tree.map(lambda g: _mean(g, sums.weight), grads)
         grad_norm = optax.tree.norm(grads)
         guard_state, ok = guard(state.health, _mean(sums.objective, sums.weight), grad_norm, health)
         with jax.numpy_dtype_promotion("standard"):
             load_LE = None if sums.router is None else sums.router.load_E
             updates, opt_state = optimizer.update(
-                grads, state.opt_state, state.params, step=state.step, expert_load_LE=load_LE
+                grads, state.opt_state, trained, step=state.step, expert_load_LE=load_LE
             )
-            params = optax.apply_updates(state.params, updates)
-        params, opt_state = keep_if(ok, (params, opt_state), (state.params, state.opt_state))
+            moved = optax.apply_updates(trained, updates)
+        moved, opt_state = keep_if(ok, (moved, opt_state), (trained, state.opt_state))
+        params = with_trained_part(state.params, moved)
         metrics = {
             "loss": _mean(sums.nll, sums.weight),
             "z": _mean(sums.z, sums.weight),

@@ -14,6 +14,7 @@ from pretrain.config import apply_overrides, diff, fingerprint, from_json, load_
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.py"))
+NAMES = {Path(file).name for file in FILES}
 
 # A config that names one of these needs an optional package, hence an extra.
 BRIDGES = {
@@ -35,6 +36,11 @@ def missing_package(file):
             names = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             names = {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in NAMES:
+            beside = (ROOT / file).with_name(node.value)  # a config may build on another
+            if beside.is_file() and beside != ROOT / file and missing_package(beside):
+                return missing_package(beside)
+            continue
         else:
             continue
         for name in names & BRIDGES.keys():

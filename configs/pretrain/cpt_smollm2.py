@@ -45,20 +45,20 @@ def get_config() -> TrainConfig:
             # The base model ended its documents with this token; the chat marks mean something else.
             tokenizer=GgufTokenizerConfig(path=MODEL, bos="<|endoftext|>", eos="<|endoftext|>"),
             row_length=256,
-            batch_rows=4,
+            batch_rows=1,
             # Replay is high while the rate warms up again and settles after it.
             stages=(
                 MixtureStage(start_step=0, weights={"medquad": 0.5, "replay": 0.5}),
                 MixtureStage(start_step=10, weights={"medquad": 0.8, "replay": 0.2}),
             ),
             heldout_percent=2.0,
-            heldout_max_bytes=60_000,
+            heldout_max_bytes=20_000,
         ),
-        # The run begins again at zero and stays below the rate that the model was trained with.
+        # The run begins again at zero and stays far below the rate that the model was trained with: steps are small.
         optim=OptimConfig(
-            method=AdamWConfig(), peak_lr=1e-4, schedule=WarmupCosine(num_warmup_steps=20), weight_decay=0.01
+            method=AdamWConfig(), peak_lr=5e-5, schedule=WarmupCosine(num_warmup_steps=20), weight_decay=0.01
         ),
-        run=RunConfig(num_steps=200, log_every_steps=5),
+        run=RunConfig(num_steps=240, log_every_steps=5),
         init=GgufFile(path=MODEL),
         checkpoint=CheckpointPolicy(every_s=600.0, keep_last=1),
         sample=SampleConfig(prompts=("What is ", "The cell "), max_new_tokens=32),

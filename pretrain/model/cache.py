@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
 from pretrain.kernels.attention.decode import decode_attention
+from pretrain.model.adapters import merged_params
 from pretrain.model.layers import ParamSpec, look_up
 from pretrain.model.transformer import (
     LayerKind,
@@ -97,6 +98,7 @@ def decoding_params(params: Params, model: ModelConfig) -> Params:
 
     They are copies: every device holds the whole model, or its part of the tensor axis. Not to be traced.
     """
+    params = merged_params(params)
 
     def used(spec: ParamSpec, weight: Array, layer: int | None) -> Array:
         # Norms and routers compute in float32, as in training.

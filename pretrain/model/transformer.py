@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pretrain.config import ConfigError, local
 from pretrain.kernels.attention.api import AttentionSpec, attention
 from pretrain.kernels.attention.plan import PackPlan, make_plan
+from pretrain.model.adapters import ADAPTERS, AdapterConfig, adapter_spec, add_adapters, merged
 from pretrain.model.layers import (
     PARAM_SPECS,
     Attention,
@@ -121,6 +122,32 @@ class ModelConfig:
             causal=True, window=kind.window, softcap=self.attention_softcap, scale=self.attention_scale
         )
 
+    def base(self) -> "ModelConfig":
+        """The model that others see: this one, or what remains when its adapters are merged."""
+        return self
+
+    def with_adapters(self, adapters: AdapterConfig) -> "AdaptedModelConfig":
+        """This model frozen, to be trained by adapters."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)}
+        return AdaptedModelConfig(**fields, adapters=adapters)
+
+    def complete(self, params: Params, key: jax.Array) -> Params:
+        """The decoder's parameters with those that this kind of model adds."""
+        return params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptedModelConfig(ModelConfig):
+    """A frozen model with trained low-rank adapters, see adapters.py."""
+
+    adapters: AdapterConfig
+
+    def base(self) -> ModelConfig:
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+
+    def complete(self, params: Params, key: jax.Array) -> Params:
+        return {**params, "blocks": add_adapters(params["blocks"], self.adapters, key)}
+
 
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
@@ -205,8 +232,9 @@ class Decoder(nnx.Module):
 
 
 def _make_params(config: ModelConfig, vocab_size: int, seed: jax.Array) -> Params:
-    decoder = Decoder(config, vocab_size, nnx.Rngs(params=jax.random.key(seed)))
-    return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    key = jax.random.key(seed)
+    decoder = Decoder(config, vocab_size, nnx.Rngs(params=key))
+    return config.complete(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)), key)
 
 
 def abstract_params(config: ModelConfig, vocab_size: int) -> Params:
@@ -229,7 +257,7 @@ def param_specs(params: Params) -> Any:
 
     def spec(path: tuple[Any, ...], value: Any) -> ParamSpec:
         names = [entry.key for entry in path]
-        found = PARAM_SPECS[names[-1]]
+        found = adapter_spec(*names[-2:]) if ADAPTERS in names else PARAM_SPECS[names[-1]]
         if names[0] == "blocks":
             found = dataclasses.replace(
                 found,
@@ -351,7 +379,7 @@ def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
     def run(
         x_BTD: jax.Array, layer: Params, tables: Any, plan: PackPlan, real_BT: jax.Array | None
     ) -> tuple[jax.Array, RouterSums | None]:
-        block = nnx.merge(definition, layer)
+        block = nnx.merge(definition, merged(layer))
         x_BTD = checkpoint_name(x_BTD, "layer_in")
         return block.with_router(x_BTD, tables, lambda q, k, v: attend(q, k, v, plan, spec, impl), real_BT)
 

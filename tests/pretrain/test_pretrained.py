@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +13,22 @@ import numpy as np
 import pytest
 
 from pretrain.checkpoint import Checkpointer, NoCheckpoint
-from pretrain.config import ConfigError, to_json
+from pretrain.config import ConfigError, load_config, to_json
 from pretrain.data.source import MemoryConfig, TextDocument
 from pretrain.data.tables import DataConfig
 from pretrain.export import main as export_main
-from pretrain.hf import HfFolder
+from pretrain.hf import HfFolder, export_model
+from pretrain.model.adapters import ADAPTERS, AdapterConfig
 from pretrain.model.transformer import ModelConfig, abstract_params
-from pretrain.optim import AdamWConfig, OptimConfig, WarmupCosine
+from pretrain.optim import AdamWConfig, Constant, OptimConfig, WarmupCosine
 from pretrain.pretrained import Checkpoint, load_init, open_pretrained
 from pretrain.sharding import MeshConfig, make_mesh
 from pretrain.tokenizer import BpeConfig
-from pretrain.train import RunConfig, TrainConfig
+from pretrain.train import RunConfig, TrainConfig, train
 
 MODEL = ModelConfig(num_layers=2, width=16, num_heads=2, num_kv_heads=2, head_width=8, hidden_width=16)
 WORDS = BpeConfig(vocab_size=280)
+ROOT = Path(__file__).parents[2]
 
 
 @functools.partial(
@@ -120,3 +126,58 @@ def test_what_is_no_model_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"must lie in a run folder that holds the tokenizer.json"):
         Checkpoint(path=str(folder)).tokenizer()
     (folder / "gone.json").rename(folder / "tokenizer.json")
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_starts_from_another_resumes_and_is_read_as_its_merged_model(tmp_path):
+    smoke = load_config(ROOT / "configs/pretrain/smoke.py")
+    smoke = dataclasses.replace(
+        smoke,
+        run=RunConfig(num_steps=4, workdir=str(tmp_path / "base"), writers=()),
+        optim=OptimConfig(peak_lr=1e-2, schedule=Constant()),
+        sample=dataclasses.replace(smoke.sample, prompts=()),
+    )
+    base = train(smoke, name="base")
+    model = smoke.model.with_adapters(AdapterConfig(rank=2))
+
+    def adapted(workdir, stop_step=None):
+        run = RunConfig(num_steps=4, workdir=str(tmp_path / workdir), writers=(), stop_step=stop_step)
+        return train(dataclasses.replace(smoke, model=model, init=str(base.folder), run=run), name="adapted")
+
+    whole = adapted("whole")
+    adapted("parts", stop_step=3)
+    parts = adapted("parts")
+    assert parts.summary["params_sha256"] == whole.summary["params_sha256"]
+    assert whole.summary["params"] > base.summary["params"]
+
+    source, before = Checkpoint(path=str(whole.folder)), Checkpoint(path=str(base.folder))
+    assert source.model_config() == smoke.model
+    merged, old = source.params(smoke.model), before.params(smoke.model)
+    assert ADAPTERS not in merged["blocks"]
+    assert_same_bits(merged["embed"], old["embed"])
+    difference = np.asarray(merged["blocks"]["mlp"]["down"] - old["blocks"]["mlp"]["down"])
+    assert [np.linalg.matrix_rank(layer, tol=1e-5) for layer in difference] == [2, 2]
+    on_mesh = source.params(smoke.model, make_mesh(MeshConfig(fsdp=4, tensor=1, replica=2)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), on_mesh, merged)
+    folder = export_model(tmp_path / "folder", merged, smoke.model, source.tokenizer())
+    assert_same_bits(HfFolder(path=str(folder)).params(smoke.model), merged)
+    # What a run with adapters left is a beginning for others like any model.
+    assert_same_bits(load_init(str(whole.folder), smoke.model, source.tokenizer(), None), merged)
+
+
+@pytest.mark.parametrize(
+    ("verb", "config", "override", "code", "said"),
+    [
+        ("export", "export/folder", "folder=x", 2, "model must be set"),
+        ("sample", "sample/quickstart", "model=nowhere", 3, "holds none"),
+    ],
+)
+def test_as_a_command_a_verb_knows_its_config(tmp_path, verb, config, override, code, said):
+    """Run as a script a module has classes of its own, which a config does not return."""
+    command = [sys.executable, "-m", f"pretrain.{verb}", "--config", ROOT / f"configs/{config}.py", override]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert ended.returncode == code, ended.stderr
+    assert said in ended.stderr
+    assert list(tmp_path.iterdir()) == []
