@@ -145,21 +145,33 @@ class LmEvalConfig:
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {"test": str(path.absolute())}},
             "test_split": "test",
-            "target_delimiter": "",
+            "target_delimiter": " ",
             "metadata": {"version": task.version},
             **_form(items),
         }
 
 
 def _document(item: Item) -> dict[str, Any]:
+    """An item as the harness keeps it: without the blank before a continuation, which its normalized metric leaves out."""
     match item:
         case Choice() if len(set(item.contexts)) == 1:
-            return {"text": item.contexts[0], "options": item.continuations, "target": item.gold}
+            options = [_without_blank(text) for text in item.continuations]
+            return {"text": item.contexts[0], "options": options, "target": item.gold}
         case Choice():
-            return {"text": item.gold, "options": item.contexts, "target": item.continuations[0]}
+            return {
+                "text": item.gold,
+                "options": item.contexts,
+                "target": _without_blank(item.continuations[0]),
+            }
         case LastWord():
-            return {"text": item.context, "target": item.word}
+            return {"text": item.context, "target": _without_blank(item.word)}
     raise ConfigError(f"the harness is handed choices and last words, got {type(item).__name__}")
+
+
+def _without_blank(continuation: str) -> str:
+    if not continuation.startswith(" "):
+        raise ConfigError(f"a continuation must begin with a blank for the harness, got {continuation!r}")
+    return continuation[1:]
 
 
 def _form(items: Sequence[Item]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """How likely a model finds a text after another: many short requests packed into rows of one shape.
 
 Requests lie in a row as documents do in training, told apart by segment ids, so one program is compiled and little is
-computed on padding. Several continuations of one context each carry their own copy of it.
+computed on padding. Several continuations of one context each carry their own copy of it. Logits are made for the
+tokens that are scored and no others: of a question with its answer that is a part, and the head is dear.
 
-B rows, T time, V vocabulary.
+B rows, T time, C scored positions of a row, c of them at a time, V vocabulary.
 """
 
 import functools
@@ -23,7 +24,7 @@ from pretrain.model.transformer import ModelConfig, Params, forward, logits
 from pretrain.sharding import DATA_AXES, OnMesh, axis_size, place
 from pretrain.tokenizer import Tokenizer
 
-# Logits of this many positions of every row exist at a time.
+# Logits of this many scored positions of every row exist at a time.
 _CHUNK_POSITIONS = 64
 
 
@@ -75,19 +76,19 @@ class PackedScorer:
         for first in range(0, len(bins), self._batch_rows):
             batch = bins[first : first + self._batch_rows]
             tokens_BT, segments_BT, positions_BT = self._lay_out(batch, rows)
-            logprobs_BT, greedy_BT = jax.device_get(
-                self._step(self._params, tokens_BT, positions_BT, segments_BT)
+            at_BC, targets_BC, num_chunks = self._wanted(batch, rows, starts)
+            logprobs_BC, greedy_BC = jax.device_get(
+                self._step(self._params, tokens_BT, positions_BT, segments_BT, at_BC, targets_BC, num_chunks)
             )
             for b, members in enumerate(batch):
                 at = 0
                 for i in members:
-                    # Position t holds the score of token t + 1.
-                    wanted = slice(at + starts[i] - 1, at + len(rows[i]) - 1)
+                    here = slice(at, at + len(rows[i]) - starts[i])
                     scores[i] = Score(
-                        logprobs=tuple(logprobs_BT[b, wanted].tolist()),
-                        greedy=tuple(greedy_BT[b, wanted].tolist()),
+                        logprobs=tuple(logprobs_BC[b, here].tolist()),
+                        greedy=tuple(greedy_BC[b, here].tolist()),
                     )
-                    at += len(rows[i])
+                    at = here.stop
                     done += len(rows[i])
             self._report(done, total)
         return [scores[i] for i in range(len(rows))]
@@ -104,6 +105,24 @@ class PackedScorer:
                 positions[b, here] = np.arange(len(rows[i]))
                 at = here.stop
         return [tokens, segments, positions]
+
+    def _wanted(
+        self, batch: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.int32]:
+        """Positions that predict a scored token, in order; those tokens; how many chunks of them there are."""
+        whole = -(-self._row_length // _CHUNK_POSITIONS) * _CHUNK_POSITIONS
+        at_BC, targets_BC = (np.zeros((self._batch_rows, whole), np.int32) for _ in range(2))
+        most = 0
+        for b, members in enumerate(batch):
+            at = count = 0
+            for i in members:
+                # Position t predicts token t + 1.
+                here = slice(count, count + len(rows[i]) - starts[i])
+                at_BC[b, here] = np.arange(at + starts[i] - 1, at + len(rows[i]) - 1)
+                targets_BC[b, here] = rows[i][starts[i] :]
+                at, count = at + len(rows[i]), here.stop
+            most = max(most, count)
+        return at_BC, targets_BC, np.int32(-(-most // _CHUNK_POSITIONS))
 
     def _check(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         faults = []
@@ -129,22 +148,35 @@ def _score_rows(
     tokens_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """For every position: the log-probability of the next token, and whether none was likelier."""
-    hidden_BTD = forward(params, model, tokens_BT, positions_BT, segments_BT)
-    targets_BT = place(jnp.roll(jnp.asarray(tokens_BT), -1, axis=1), ("batch", None))
-    found = []
-    for start in range(0, tokens_BT.shape[1], _CHUNK_POSITIONS):
-        here = slice(start, start + _CHUNK_POSITIONS)
-        logits_BcV = logits(hidden_BTD[:, here], params, model)
-        ids_11V = jnp.arange(logits_BcV.shape[2], dtype=jnp.int32)[None, None]
-        # A product and no gather, since the vocabulary may lie over devices; the other terms are exact zeros.
-        target_Bc = jnp.sum(logits_BcV * (ids_11V == targets_BT[:, here, None]).astype(jnp.float32), axis=-1)
+    at_BC: Int[Array, "B C"],
+    targets_BC: Int[Array, "B C"],
+    num_chunks: Int[Array, ""],
+) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
+    """For the first chunks of positions at_BC: the log-probability of each target there, and whether none was likelier."""
+    hidden_BTD = place(forward(params, model, tokens_BT, positions_BT, segments_BT), ("batch", None, None))
+    at_BC, targets_BC = (place(jnp.asarray(x), ("batch", None)) for x in (at_BC, targets_BC))
+    time_T = jnp.arange(hidden_BTD.shape[1], dtype=jnp.int32)
+
+    def score(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        at_Bc, targets_Bc = (
+            jax.lax.dynamic_slice_in_dim(x, i * _CHUNK_POSITIONS, _CHUNK_POSITIONS, axis=1)
+            for x in (at_BC, targets_BC)
+        )
+        # Products and no gathers, since rows and vocabulary may lie over devices; the other terms are exact zeros.
+        here_BcT = (at_Bc[:, :, None] == time_T[None, None]).astype(hidden_BTD.dtype)
+        logits_BcV = logits(jnp.einsum("bct,btd->bcd", here_BcT, hidden_BTD), params, model)
+        ids_V = jnp.arange(logits_BcV.shape[2], dtype=jnp.int32)
+        hit_BcV = (ids_V[None, None] == targets_Bc[:, :, None]).astype(jnp.float32)
+        target_Bc = jnp.sum(logits_BcV * hit_BcV, axis=-1)
         most_Bc = jnp.max(logits_BcV, axis=-1)
         total_Bc = jnp.sum(jnp.exp(logits_BcV - most_Bc[..., None]), axis=-1)
-        found.append((target_Bc - most_Bc - jnp.log(total_Bc), target_Bc >= most_Bc))
-    logprobs, greedy = zip(*found, strict=True)
-    return jnp.concatenate(logprobs, axis=1), jnp.concatenate(greedy, axis=1)
+        new = (target_Bc - most_Bc - jnp.log(total_Bc), target_Bc >= most_Bc)
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * _CHUNK_POSITIONS, axis=1), found, new
+        )
+
+    empty = (jnp.zeros(at_BC.shape, jnp.float32), jnp.zeros(at_BC.shape, bool))
+    return jax.lax.fori_loop(0, num_chunks, score, jax.tree.map(lambda x: place(x, ("batch", None)), empty))
 
 
 # --- from text to rows -------------------------------------------------------------------------------
