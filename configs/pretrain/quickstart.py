@@ -33,7 +33,7 @@ def get_config() -> TrainConfig:
             method=MuonConfig(), peak_lr=1e-2, schedule=Wsd(num_warmup_steps=20, decay_fraction=0.4), weight_decay=0.05
         ),
         loss=LossConfig(chunk_tokens=4096),
-        run=RunConfig(num_steps=240, log_every_steps=10, eval_every_steps=60),
+        run=RunConfig(num_steps=200, log_every_steps=10, eval_every_steps=50),
         checkpoint=CheckpointPolicy(every_steps=60),
         sample=SampleConfig(prompts=("def ", "import ", "class "), max_new_tokens=96),
     )
