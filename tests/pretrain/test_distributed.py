@@ -1,5 +1,6 @@
 """Laws of several processes: they find each other, one writes, any number goes on where any other stopped."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -158,6 +159,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@contextlib.contextmanager
+def ended(processes: list[subprocess.Popen]):
+    """The processes, none of which outlives the block."""
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 class Pod:
     """Starts the processes of runs of one small config and reads what they left."""
 
@@ -189,9 +201,9 @@ class Pod:
 
     def run(self, num_processes: int, devices_each: int, *overrides: str) -> list[dict]:
         """Run to the end and return the reports of all processes."""
-        processes = self.start(num_processes, devices_each, *overrides)
-        codes = [process.wait(timeout=600) for process in processes]
-        assert codes == [0] * num_processes, "\n".join(self.log(i) for i in range(num_processes))
+        with ended(self.start(num_processes, devices_each, *overrides)) as processes:
+            codes = [process.wait(timeout=300) for process in processes]
+            assert codes == [0] * num_processes, "\n".join(self.log(i) for i in range(num_processes))
         return [json.loads((self.folder / f"report{i}.json").read_text()) for i in range(num_processes)]
 
     def log(self, process: int) -> str:
@@ -205,11 +217,6 @@ class Pod:
     def losses(self) -> dict[int, float]:
         lines = [json.loads(line) for line in (self.root / "metrics.jsonl").read_text().splitlines()]
         return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
-
-
-UNPROVEN = pytest.mark.skip(
-    reason="the first run of these processes on two cores did not end within ten minutes; what they wait for is not known yet"
-)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +237,6 @@ def same(alone, pod, reports):
         assert got[step] == pytest.approx(loss, rel=1e-6), step
 
 
-@UNPROVEN
 @pytest.mark.slow
 def test_two_processes_go_on_as_one(alone, tmp_path):
     """Two processes of two devices train, save and end; one process with other devices finishes the run."""
@@ -241,7 +247,6 @@ def test_two_processes_go_on_as_one(alone, tmp_path):
     same(alone, pod, reports)
 
 
-@UNPROVEN
 @pytest.mark.slow
 def test_four_two_one_processes(alone, tmp_path):
     pod = Pod(tmp_path, num_steps=6)
@@ -251,7 +256,6 @@ def test_four_two_one_processes(alone, tmp_path):
     same(alone, pod, reports)
 
 
-@UNPROVEN
 @pytest.mark.slow
 def test_eight_then_four_by_two_then_two_by_two_by_two(alone, tmp_path):
     pod = Pod(tmp_path, num_steps=6)
@@ -265,44 +269,37 @@ def wait_for_step(pod: Pod, step: int, processes, timeout_s: float = 300) -> Non
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         assert all(p.poll() is None for p in processes), "\n".join(pod.log(i) for i in range(len(processes)))
-        if (pod.folder / "runs" / "pod").is_dir() and (pod.root / "metrics.jsonl").exists():
-            if max(pod.losses(), default=0) >= step:
-                return
+        if list(pod.folder.glob("runs/pod/*/metrics.jsonl")) and max(pod.losses(), default=0) >= step:
+            return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached in {timeout_s} s")
 
 
-@UNPROVEN
 @pytest.mark.slow
-def test_a_lost_process_ends_the_other_within_a_minute_with_a_clear_line(alone, tmp_path):
+@pytest.mark.parametrize("victim", [1, 0], ids=["the second", "the first, which coordinates"])
+def test_a_lost_process_ends_the_other_within_a_minute_with_a_clear_line(victim, tmp_path):
+    """Whoever notices first says it: a collective of ours (code 7), or the runtime when the coordinator is gone."""
     pod = Pod(tmp_path, num_steps=100_000)
     main = ["-m", "pretrain.main", "--config", str(pod.config)]
-    processes = pod.start(2, 2, "checkpoint.every_steps=2", program=main)
-    try:
+    with ended(pod.start(2, 2, "checkpoint.every_steps=2", program=main)) as processes:
         wait_for_step(pod, 4, processes)
-        processes[1].send_signal(signal.SIGKILL)
-        began = time.monotonic()
-        code = processes[0].wait(timeout=60)
-        assert time.monotonic() - began < 60
-        assert code == 7, pod.log(0)
-        (line,) = (line for line in pod.log(0).splitlines() if line.startswith("error: "))
+        processes[victim].send_signal(signal.SIGKILL)
+        code = processes[1 - victim].wait(timeout=60)
+    log = pod.log(1 - victim)
+    assert code == 7 or (victim == 0 and code == -signal.SIGABRT), log
+    if code == 7:
+        (line,) = (line for line in log.splitlines() if line.startswith("error: "))
         assert "lost another" in line
         assert "resume" in line
-    finally:
-        for process in processes:
-            process.kill()
+    else:
+        assert "indicates that another task died" in log
 
 
-@UNPROVEN
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     pod = Pod(tmp_path, num_steps=100_000)
-    processes = pod.start(2, 2, program=["-m", "pretrain.main", "--config", str(pod.config)])
-    try:
+    with ended(pod.start(2, 2, program=["-m", "pretrain.main", "--config", str(pod.config)])) as processes:
         wait_for_step(pod, 2, processes)
         processes[1].send_signal(signal.SIGTERM)
         assert [p.wait(timeout=120) for p in processes] == [75, 75], pod.log(0) + pod.log(1)
-        assert list((pod.root / "checkpoints").glob("*/manifest.json"))
-    finally:
-        for process in processes:
-            process.kill()
+    assert list((pod.root / "checkpoints").glob("*/manifest.json"))
