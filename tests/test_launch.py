@@ -48,7 +48,9 @@ def test_a_plain_host_starts_again_after_a_loss_or_a_hang_and_nothing_else(tmp_p
     )
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True), (7, True), (134, True), (5, True)])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(0, False), (2, False), (75, True), (7, True), (134, True), (5, True)]
+)
 def test_slurm_queues_a_preempted_run_again(tmp_path, code, requeued):
     stand_in(tmp_path, "scontrol", "")
     environment = stand_in(tmp_path, "srun", f"exit {code}") | {"SLURM_JOB_ID": "4711"}
