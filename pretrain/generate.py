@@ -32,9 +32,10 @@ from pretrain.model.cache import (
     empty_cache,
     extend,
     get_row,
+    next_logits,
     set_row,
 )
-from pretrain.model.transformer import ModelConfig, Params, logits
+from pretrain.model.transformer import ModelConfig, Params
 from pretrain.sharding import DATA_AXES, activation_spec, axis_size, current_mesh, place
 from pretrain.tokenizer import Tokenizer
 
@@ -674,7 +675,7 @@ def _score(
 ) -> tuple[Cache, Float[Array, "P V"], tuple[Array, Array]]:
     """`_prefill`, and for every token whose successor is known that one's log-probability and whether it leads."""
     hidden_PTD, cache = _extend(params, cache, tokens_PT, num_new_P, model, max_length, impl)
-    logits_PTV = place(logits(hidden_PTD, params, model), ("batch", None, None))
+    logits_PTV = place(next_logits(hidden_PTD, params, model), ("batch", None, None))
     top_PT1 = logits_PTV.max(axis=2, keepdims=True)
     lse_PT = top_PT1[:, :, 0] + jnp.log(jnp.exp(logits_PTV - top_PT1).sum(axis=2))
     hit_PTV = place(next_PT, ("batch", None))[:, :, None] == jnp.arange(logits_PTV.shape[2])[None, None]
@@ -697,7 +698,7 @@ def _last_logits(
     hidden_P1D = (
         jnp.where(here_PT[:, :, None], hidden_PTD, 0).sum(axis=1, keepdims=True).astype(hidden_PTD.dtype)
     )
-    return place(logits(hidden_P1D, params, model), ("batch", None, None))[:, 0]
+    return place(next_logits(hidden_P1D, params, model), ("batch", None, None))[:, 0]
 
 
 @jax.jit
@@ -747,7 +748,7 @@ def _decode(
         num_new_S = (i < remaining_S).astype(jnp.int32)
         hidden_S1D, cache = _extend(params, slots.cache, token_S[:, None], num_new_S, model, max_length, impl)
         seen_SV = slots.seen_SV | (place(token_S, ("batch",))[:, None] == vocab_V)
-        logits_SV = place(logits(hidden_S1D, params, model), ("batch", None, None))[:, 0]
+        logits_SV = place(next_logits(hidden_S1D, params, model), ("batch", None, None))[:, 0]
         token_S, logprob_S = _drawn(logits_SV, seen_SV, cache.lengths_B, settings)
         return (
             _Slots(cache, slots.logits_SV, seen_SV),

@@ -44,7 +44,7 @@ def get_config() -> TrainConfig:
             ),
             # The base model ended its documents with this token; the chat marks mean something else.
             tokenizer=GgufTokenizerConfig(path=MODEL, bos="<|endoftext|>", eos="<|endoftext|>"),
-            row_length=256,
+            row_length=128,
             batch_rows=1,
             # Replay is high while the rate warms up again and settles after it.
             stages=(

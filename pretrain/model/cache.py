@@ -1,8 +1,9 @@
 """The key-value cache, and the decoder run against it: `extend` gives rows more tokens, one or a whole prompt.
 
 Layers stand apart here, weights and cache alike, where training stacks them: a slice of a stack would be copied
-at every step, and decoding does nothing but stream weights from memory. A layer with a window keeps a ring of the
-newest positions, long enough for the window and the longest extension.
+at every step, and decoding does nothing but stream weights from memory. On a CPU matrices lie with their outputs
+first, see `layers.linear_by_columns`. A layer with a window keeps a ring of the newest positions, long enough for
+the window and the longest extension.
 
 Letters as in layers.py; S entries of a layer's cache, K its key-value heads on the mesh.
 """
@@ -19,16 +20,19 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
+from pretrain.kernels.attention.api import target
 from pretrain.kernels.attention.decode import decode_attention
 from pretrain.model.adapters import merged_params
-from pretrain.model.layers import ParamSpec, look_up
+from pretrain.model.layers import ParamSpec, linear, linear_by_columns, look_up, product_by_columns
 from pretrain.model.transformer import (
     LayerKind,
     ModelConfig,
     Params,
     block_definition,
     final_hidden,
+    logits,
     param_specs,
+    soft_capped,
 )
 from pretrain.sharding import Dims, activation_spec, axis_names, current_mesh, place, use_weight
 
@@ -103,7 +107,9 @@ def decoding_params(params: Params, model: ModelConfig) -> Params:
     def used(spec: ParamSpec, weight: Array, layer: int | None) -> Array:
         # Norms and routers compute in float32, as in training.
         dtype = weight.dtype if spec.role == "vector" else jnp.dtype(model.dtype)
-        return _used(weight, None if layer is None else jnp.int32(layer), spec.dims, dtype)
+        turned = _outputs_first() and spec.role in ("matrix", "head") and "experts" not in spec.dims
+        order = tuple(sorted(range(weight.ndim), key=lambda i: i in spec.inputs)) if turned else None
+        return _used(weight, None if layer is None else jnp.int32(layer), spec.dims, dtype, order)
 
     def tree(name: str, layer: int | None = None) -> Any:
         return jax.tree.map(
@@ -115,14 +121,23 @@ def decoding_params(params: Params, model: ModelConfig) -> Params:
 
     specs = param_specs(params)
     whole = {name: tree(name) for name in params if name != "blocks"}
-    return {**whole, "layers": tuple(tree("blocks", i) for i in range(model.num_layers))}
+    whole["layers"] = tuple(tree("blocks", i) for i in range(model.num_layers))
+    return whole
 
 
-@functools.partial(jax.jit, static_argnames=("dims", "dtype"))
-def _used(weight: Array, layer: Array | None, dims: Dims, dtype: Any) -> Array:
-    """One layer of a stack, or all of a weight; a program for each shape and not for each layer."""
+def _outputs_first() -> bool:
+    """Whether matrices are turned here."""
+    return current_mesh() is None and target()[0] == "cpu"
+
+
+@functools.partial(jax.jit, static_argnames=("dims", "dtype", "order"))
+def _used(weight: Array, layer: Array | None, dims: Dims, dtype: Any, order: tuple[int, ...] | None) -> Array:
+    """One layer of a stack, or all of a weight, its dims in `order`; a program for each shape and not for each layer."""
     if layer is not None:
         weight, dims = jax.lax.dynamic_index_in_dim(weight, layer, axis=0, keepdims=False), dims[1:]
+        order = None if order is None else tuple(i - 1 for i in order[1:])
+    if order is not None:
+        weight, dims = jnp.transpose(weight, order), tuple(dims[i] for i in order)
     return use_weight(weight, dims, dtype)
 
 
@@ -152,7 +167,7 @@ def extend(
         kind.rope: kind.rope.tables(positions_BT, model.head_width, max_length)
         for kind in model.layer_pattern
     }
-    definition = block_definition(model)
+    definition = block_definition(model, linear_by_columns if _outputs_first() else linear)
     keys, values = [], []
     for i, layer in enumerate(params["layers"]):
         kind = model.kind(i)
@@ -168,6 +183,18 @@ def extend(
 
         x_BTD = nnx.merge(definition, layer)(x_BTD, tables_of[kind.rope], attend)
     return final_hidden(x_BTD, params, model), Cache(tuple(keys), tuple(values), lengths_B)
+
+
+def next_logits(
+    hidden_BTD: Float[Array, "B T D"], params: Params, model: ModelConfig
+) -> Float[Array, "B T V"]:
+    """`logits` with parameters from `decoding_params`."""
+    if not _outputs_first():
+        return logits(hidden_BTD, params, model)
+    head_VD = params["embed"]["embedding"] if model.tied_head else params["head"]["kernel"]
+    B, T, D = hidden_BTD.shape
+    out_XV = product_by_columns(hidden_BTD.reshape(B * T, D), head_VD.astype(hidden_BTD.dtype), jnp.float32)
+    return soft_capped(out_XV.reshape(B, T, -1), model)
 
 
 def _attend(q, k, v, cache_k, cache_v, starts_B, lengths_B, serve):

@@ -92,9 +92,7 @@ class Rope:
         are looked up: XLA:CPU would repeat sine and cosine in every fusion that uses them.
         """
         if num_positions * head_width <= _MAX_CONSTANT:
-            angle_SH = np.outer(np.arange(num_positions), self.frequencies(np, head_width)).astype(
-                np.float32
-            )
+            angle_SH = np.outer(np.arange(num_positions), self.frequencies(np, head_width)).astype(np.float32)
             both = np.concatenate([np.cos(angle_SH)] * 2 + [np.sin(angle_SH)] * 2, axis=1)
             layout = activation_spec(("batch", "time", None), (*positions_BT.shape, 2 * head_width))
             found = jnp.asarray(both).at[positions_BT].get(mode="fill", out_sharding=layout)[:, :, None, :]
@@ -152,6 +150,36 @@ def linear(
         return _matmul(rows, weight.reshape(rows.shape[1], -1)).reshape(shape)
     contracted = (tuple(range(2, x.ndim)), tuple(range(num_inputs)))
     return jax.lax.dot_general(x, weight, (contracted, ((), ())), out_sharding=activation_spec(dims, shape))
+
+
+# XLA:CPU multiplies a matrix by at most so many columns faster than so many rows by its transpose.
+_FEW_ROWS = 64
+
+
+def linear_by_columns(
+    x: Float[Array, "B T *inputs"], weight: Float[Array, "..."], dims: Dims
+) -> Float[Array, "B T *outputs"]:
+    """`linear` for a weight whose outputs come first, on one device; made for decoding on a CPU.
+
+    For 16 rows and [3072, 576] XLA:CPU takes 0.6 of the time of x W. The barriers keep it from turning the product
+    back into that.
+    """
+    num_inputs = x.ndim - 2
+    outputs = weight.shape[: weight.ndim - num_inputs]
+    x_XI = x.reshape(x.shape[0] * x.shape[1], -1)
+    product = product_by_columns(x_XI, weight.reshape(-1, x_XI.shape[1]), x.dtype)
+    return product.reshape(*x.shape[:2], *outputs)
+
+
+def product_by_columns(
+    x_XI: Float[Array, "X I"], weight_OI: Float[Array, "O I"], dtype: Any
+) -> Float[Array, "X O"]:
+    """x times the transpose of a weight, in `dtype`."""
+    if x_XI.shape[0] > _FEW_ROWS:
+        return jax.lax.dot_general(x_XI, weight_OI, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    x_IX = jax.lax.optimization_barrier(x_XI.T)
+    out_OX = jax.lax.dot_general(weight_OI, x_IX, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(out_OX).T
 
 
 @jax.custom_vjp
@@ -214,13 +242,14 @@ class Attention(nnx.Module):
         out_std_factor: float,
         dtype: Any,
         rngs: nnx.Rngs,
+        linear: Any = linear,
     ):
         D, N, K, H = width, num_heads, num_kv_heads, head_width
         self.query = normal_param(rngs, (D, N, H), D**-0.5)
         self.key = normal_param(rngs, (D, K, H), D**-0.5)
         self.value = normal_param(rngs, (D, K, H), D**-0.5)
         self.out = normal_param(rngs, (N, H, D), out_std_factor * (N * H) ** -0.5)
-        self.qkv_bias, self.qk_norm, self.dtype = qkv_bias, qk_norm, dtype
+        self.qkv_bias, self.qk_norm, self.dtype, self.linear = qkv_bias, qk_norm, dtype, linear
         if qkv_bias:
             self.query_bias = nnx.Param(jnp.zeros((N, H), jnp.float32))
             self.key_bias = nnx.Param(jnp.zeros((K, H), jnp.float32))
@@ -247,12 +276,12 @@ class Attention(nnx.Module):
 
     def _projection(self, x_BTD: jax.Array, weight: nnx.Param, heads: str) -> jax.Array:
         w = use_weight(weight[...], ("embed", heads, None), self.dtype)
-        return linear(x_BTD, w, ("batch", "time", heads, None))
+        return self.linear(x_BTD, w, ("batch", "time", heads, None))
 
     def finish(self, o_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """The output projection."""
         w = use_weight(self.out[...], ("heads", None, "embed"), self.dtype)
-        return linear(o_BTNH, w, ("batch", "time", None))
+        return self.linear(o_BTNH, w, ("batch", "time", None))
 
 
 class Mlp(nnx.Module):
@@ -267,18 +296,19 @@ class Mlp(nnx.Module):
         out_std_factor: float,
         dtype: Any,
         rngs: nnx.Rngs,
+        linear: Any = linear,
     ):
         D, F = width, hidden_width
         self.gate_up = normal_param(rngs, (D, 2, F), D**-0.5)
         self.down = normal_param(rngs, (F, D), out_std_factor * F**-0.5)
-        self.activation, self.dtype = activation, dtype
+        self.activation, self.dtype, self.linear = activation, dtype, linear
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate_up = use_weight(self.gate_up[...], ("embed", None, "mlp"), self.dtype)
         down = use_weight(self.down[...], ("mlp", "embed"), self.dtype)
-        both = linear(x_BTD, gate_up, ("batch", "time", None, "mlp"))
+        both = self.linear(x_BTD, gate_up, ("batch", "time", None, "mlp"))
         hidden = activate(self.activation, both[:, :, 0]) * both[:, :, 1]
-        return linear(hidden, down, ("batch", "time", None))
+        return self.linear(hidden, down, ("batch", "time", None))
 
 
 def activate(name: str, x: jax.Array) -> jax.Array:

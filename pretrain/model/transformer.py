@@ -30,6 +30,7 @@ from pretrain.model.layers import (
     ParamSpec,
     RMSNorm,
     Rope,
+    linear,
     look_up,
 )
 from pretrain.model.moe import Experts, MoeConfig, RouterSums
@@ -150,9 +151,12 @@ class AdaptedModelConfig(ModelConfig):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    `product` multiplies by weights as they lie: `layers.linear`, or `linear_by_columns` where a cache has turned them.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, product: Any = linear):
         c = config
         norm = functools.partial(RMSNorm, c.width, eps=c.norm_eps, plus_one=c.norm_plus_one)
         # Two residual branches a layer: their sum keeps unit scale at any depth.
@@ -170,9 +174,13 @@ class Block(nnx.Module):
             out_std_factor=out_std_factor,
             dtype=c.dtype,
             rngs=rngs,
+            linear=product,
         )
         self.mlp_norm = norm()
-        feed_forward = Mlp if c.moe is None else functools.partial(Experts, config=c.moe)
+        if c.moe is None:
+            feed_forward = functools.partial(Mlp, linear=product)
+        else:
+            feed_forward = functools.partial(Experts, config=c.moe)
         self.mlp = feed_forward(
             width=c.width,
             hidden_width=c.hidden_width,
@@ -284,9 +292,9 @@ def param_shardings(params: Params, mesh: Mesh) -> Any:
 
 
 @functools.cache
-def block_definition(config: ModelConfig) -> Any:
+def block_definition(config: ModelConfig, product: Any = linear) -> Any:
     """The static half of a block; arrays come from the scan."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0), product)))
 
 
 def _remat(config: ModelConfig, function: Any) -> Any:
@@ -500,6 +508,10 @@ def logits(hidden_BTD: Float[Array, "B T D"], params: Params, config: ModelConfi
     """All logits in float32, soft cap applied; for sampling and tests, it allocates [B, T, V]."""
     head = use_weight(head_DV(params, config), ("embed", "vocab"), hidden_BTD.dtype)
     hidden_BTD = place(hidden_BTD, ("batch", None, None))
-    out = jnp.einsum("btd,dv->btv", hidden_BTD, head, preferred_element_type=jnp.float32)
+    return soft_capped(jnp.einsum("btd,dv->btv", hidden_BTD, head, preferred_element_type=jnp.float32), config)
+
+
+def soft_capped(logits_BTV: Float[Array, "B T V"], config: ModelConfig) -> Float[Array, "B T V"]:
+    """Logits as the model means them."""
     cap = config.final_softcap
-    return out if cap is None else cap * jnp.tanh(out / cap)
+    return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)

@@ -19,8 +19,9 @@ from pretrain.kernels.attention.math import MASKED
 from pretrain.kernels.attention.plan import AttentionSpec
 from pretrain.kernels.attention.reference import score_scale
 
-# Keys in a block: the granularity of the work.
+# Keys in a block at most: the granularity of the work. Blocks are multiples of the alignment.
 BLOCK_KEYS = 128
+_ALIGNMENT = 16
 # What serves a cache; in the order in which `auto` asks, but for tpu_interpret, which is taken by name only.
 IMPLEMENTATIONS = ("pallas_tpu", "xla", "tpu_interpret")
 
@@ -118,7 +119,9 @@ def _by_blocks(
     """The softmax is carried from block to block of keys; the loop ends with the longest row."""
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
-    block = min(block_keys, S)
+    # Blocks of about one size: 160 keys are twice 80, and not 128 and 128 of which 96 are seen twice.
+    unit = min(_ALIGNMENT, block_keys)
+    block = min(-(-S // (-(-S // block_keys) * unit)) * unit, S)
     q_BKXH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
     position_BX = jnp.repeat(starts_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None], N // K, axis=1)
     scale = score_scale(spec, H)

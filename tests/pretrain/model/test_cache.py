@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain.config import ConfigError
-from pretrain.model.cache import CacheConfig, copy_row, decoding_params, empty_cache, extend
+from pretrain.model.cache import CacheConfig, copy_row, decoding_params, empty_cache, extend, next_logits
 from pretrain.model.layers import Rope
 from pretrain.model.moe import MoeConfig
 from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params, forward, logits
@@ -51,7 +51,7 @@ def all_logits(params, config, tokens_BT, positions_BT, segments_BT):
 @functools.partial(jax.jit, static_argnames="config")
 def step(params, config, tokens_BT, num_new_B, cache):
     hidden_BTD, cache = extend(params, config, tokens_BT, num_new_B, cache, max_length=MAX_LENGTH)
-    return logits(hidden_BTD, params, config), cache
+    return next_logits(hidden_BTD, params, config), cache
 
 
 def caches(config, rows, dtype="float32"):
