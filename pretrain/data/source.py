@@ -6,6 +6,7 @@ an error that names file and line, or, with `on_bad_record="count"`, a `BadRecor
 
 import abc
 import ast
+import codecs
 import dataclasses
 import functools
 import gzip
@@ -26,6 +27,7 @@ from pretrain.config import ConfigError, stable_seed, to_json
 from pretrain.rundir import file_sha256
 
 _COMPRESSED = (".gz", ".zst")
+_PIECE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,7 @@ def find_files(root: str, path: str, name: str) -> list[tuple[str, Path]]:
       ConfigError: there is none.
     """
     base = Path(root)
-    if Path(path).is_file() or base.joinpath(path).is_file():
+    if base.joinpath(path).is_file():
         found = base / path
         return [(found.name, found)]
     pattern = Path(path)
@@ -164,13 +166,13 @@ def read_bytes(path: Path) -> Iterator[bytes]:
     """
     try:
         with open(path, "rb") as raw:
-            if path.suffix == ".gz":
-                stream: Any = gzip.GzipFile(fileobj=raw)
-            elif path.suffix == ".zst":
-                stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            else:
-                stream = raw
-            while piece := stream.read(1 << 20):
+            if path.suffix in _COMPRESSED and not os.fstat(raw.fileno()).st_size:
+                raise EOFError  # gzip takes no bytes at all for an empty file
+            if path.suffix == ".zst":
+                yield from _zstd_pieces(raw)
+                return
+            stream: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            while piece := stream.read(_PIECE_BYTES):
                 yield piece
     except (zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise ValueError(f"the compressed data is damaged ({error})") from error
@@ -178,6 +180,21 @@ def read_bytes(path: Path) -> Iterator[bytes]:
         raise ValueError("the compressed data ends early; the file was cut off") from error
     except OSError as error:
         raise ConfigError(f"a corpus file must be readable, got {path}: {error.strerror or error}") from error
+
+
+def _zstd_pieces(raw: Any) -> Iterator[bytes]:
+    """The content of all frames, the last of which must end: zstandard's own reader takes a part of one for the whole."""
+    decompressor = zstandard.ZstdDecompressor()
+    frame = None
+    # Little is read at a time because a call returns all that its input holds.
+    while data := raw.read(_PIECE_BYTES >> 4):
+        while data:
+            frame = frame or decompressor.decompressobj()
+            if piece := frame.decompress(data):
+                yield piece
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
@@ -286,6 +303,8 @@ def _read_jsonl(name: str, path: Path, config: JsonlConfig) -> Iterator[TextDocu
     number = 0
     try:
         for number, line in enumerate(read_lines(path), 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:

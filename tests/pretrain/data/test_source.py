@@ -113,6 +113,59 @@ def test_damaged_compression_is_an_error_with_the_line_or_is_counted(tmp_path, s
     assert any(isinstance(d, BadRecord) for d in found)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_must_come_to_its_end_wherever_it_is_cut(tmp_path, suffix):
+    """Cut at every byte of two frames but where the first one ends; lines that came before the cut are kept."""
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    first, second = (
+        compress(b"".join(b'{"text": "%d"}\n' % i for i in part)) for part in (range(9), range(9, 12))
+    )
+    path = tmp_path / f"a.jsonl{suffix}"
+    config = JsonlConfig(name="web", path=path.name, on_bad_record="count")
+    for size in range(len(first + second)):
+        path.write_bytes((first + second)[:size])
+        *documents, last = read(config, tmp_path)
+        assert [d.text for d in documents] == [str(i) for i in range(len(documents))]
+        if size == len(first):
+            assert last.text == "8"
+        else:
+            assert last.where.endswith(f"a.jsonl{suffix}:{len(documents) + 1}")
+            # One byte of the two that every gzip member begins with is no gzip to the library.
+            wanted = "is damaged" if suffix == ".gz" and size in (1, len(first) + 1) else "ends early"
+            assert last.reason.startswith(f"the compressed data {wanted}")
+
+
+@pytest.mark.parametrize("cut", [1, 300])
+def test_a_long_frame_that_was_cut_is_noticed_by_every_reader(tmp_path, cut):
+    """Such a frame holds many blocks; a cut at the end of one of them takes whole lines with it."""
+    lines = "".join(f"{i * 7919 % 100_003} {i}\n" for i in range(60_000))
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(lines.encode())[:-cut])
+    for config in (
+        TextFileConfig(name="web", path="a.txt.zst"),
+        FolderConfig(name="web", path=".", glob="*.txt.zst"),
+    ):
+        with pytest.raises(ConfigError, match=r"a.txt.zst.*: the compressed data ends early"):
+            read(config, tmp_path)
+
+
+def test_a_file_in_the_current_folder_does_not_stand_for_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "corpora").mkdir()
+    write_lines(tmp_path / "here" / "a.jsonl", LINES)
+    monkeypatch.chdir(tmp_path / "here")
+    config = JsonlConfig(name="web", path="a.jsonl")
+    with pytest.raises(ConfigError, match=r"got 'a.jsonl', which is not there \(data.root is '.*corpora'\)"):
+        config.build(str(tmp_path / "corpora"))
+    assert len(read(config, "")) == len(LINES)  # without a root, paths are relative
+
+
+def test_a_byte_order_mark_before_the_first_line_is_no_part_of_it(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "\ufeffx"}\n\ufeff{"text": "y"}\n'.encode())
+    x, bad = read(JsonlConfig(name="web", path="a.jsonl", on_bad_record="count"), tmp_path)
+    assert x.text == "\ufeffx"
+    assert "malformed JSON at column 1" in bad.reason
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -186,7 +239,9 @@ def test_the_standard_library_has_modules_and_the_language_reference():
     assert "def loads(" in documents["json/__init__.py"].text
     assert "for_stmt" in documents["topics/for"].text
     assert len(documents) > 400
-    assert not [name for name in documents if "site-packages" in name or "/tests/" in name or name.startswith("test/")]
+    assert not [
+        name for name in documents if "site-packages" in name or "/tests/" in name or name.startswith("test/")
+    ]
     assert [d.id for d in source.documents() if isinstance(d, TextDocument)] == list(documents)
 
 
