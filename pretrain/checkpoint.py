@@ -34,6 +34,7 @@ from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
 from pretrain import config as config_lib
 from pretrain.config import ConfigError, local
+from pretrain.distributed import same_everywhere
 from pretrain.health import Ledger, hash_leaves, hash_text, named_leaves
 from pretrain.rundir import file_sha256, storage_errors, write_atomic
 
@@ -157,7 +158,7 @@ class Checkpointer:
         if self._writer:
             self._remove_unfinished(step)
         # The first process decides: it alone writes manifests, later than the others see their save committed.
-        if _same_everywhere([int(self._has_manifest(step))])[0]:
+        if same_everywhere([int(self._has_manifest(step))])[0]:
             return time.perf_counter() - began
         groups = _groups(state)
         ledger = extras.get("ledger", Ledger())
@@ -221,7 +222,7 @@ class Checkpointer:
         if self._writer:
             self._remove_temporaries()
         bad: list[tuple[int, str]] = []
-        for step in reversed(_same_everywhere(self.steps())):
+        for step in reversed(same_everywhere(self.steps())):
             reason = self._damage(step)
             restored: tuple[State, dict[str, Any]] | None = None
             if not _anywhere(reason is not None):
@@ -242,7 +243,7 @@ class Checkpointer:
                 self._log(f"checkpoint: step {step} restored; newer ones are damaged: {_list(bad)}")
             return state, step, ledger
         quarantined = sorted(p.name for p in self._folder.glob("*.bad*")) if self._folder.is_dir() else []
-        if bad or _same_everywhere([len(quarantined)])[0]:
+        if bad or same_everywhere([len(quarantined)])[0]:
             raise AllCheckpointsBad(
                 f"a run resumes from a readable checkpoint, and all in {self._folder} are damaged"
                 f" ({_list(bad) or ', '.join(quarantined)}); to start from step 0 move that folder away"
@@ -683,15 +684,6 @@ def _anywhere(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
-
-
-def _same_everywhere(numbers: list[int]) -> list[int]:
-    """The first process's list; file systems may show other processes something else."""
-    if jax.process_count() == 1:
-        return numbers
-    count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(numbers))))
-    padded = np.resize(np.asarray(numbers or [0], np.int64), count) if count else np.zeros(0, np.int64)
-    return [int(n) for n in multihost_utils.broadcast_one_to_all(padded)]
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

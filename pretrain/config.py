@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import sys
 import types
 import typing
@@ -53,7 +54,8 @@ def load_config(path: str | Path) -> Any:
         raise ConfigError(f"--config must name a Python file, got {str(path)!r}, which is not there{hint}")
     name = f"autodidact_config_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses defined in a config file look their module up
     try:
@@ -61,9 +63,9 @@ def load_config(path: str | Path) -> Any:
         if not hasattr(module, "get_config"):
             raise ConfigError(f"{path} must define get_config() that returns a config dataclass; it does not")
         config = module.get_config()
-    except (ValueError, TypeError, ImportError, AttributeError, SyntaxError, NameError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # a config file is a program: it may raise anything
         raise ConfigError(f"{path} fails to load: {type(error).__name__}: {error}") from error
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise ConfigError(f"{path}: get_config() must return a config dataclass, got {type(config).__name__}")
@@ -222,12 +224,12 @@ def _parse(text: str, hint: Any) -> Any:
             return False
         raise ValueError(text)
     if hint is int:
-        number = float(text) if set(text) & set("eE.") else int(text)
+        number = _finite(float(text)) if set(text) & set("eE.") else int(text)
         if number != int(number):
             raise ValueError(text)
         return int(number)
     if hint is float:
-        return float(text)
+        return _finite(float(text))
     if hint is str:
         return text
     if hint is Path:
@@ -241,8 +243,17 @@ def _parse(text: str, hint: Any) -> Any:
     raise ValueError(text)
 
 
+def _finite(number: float) -> float:
+    """Checks are comparisons, which nan passes unseen; and neither nan nor infinity is JSON."""
+    if not math.isfinite(number):
+        raise ValueError(number)
+    return number
+
+
 def _coerce(value: Any, hint: Any) -> Any:
     """A Python literal, or a value from JSON, as the type `hint`."""
+    if hint is Any:
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
@@ -265,8 +276,8 @@ def _coerce(value: Any, hint: Any) -> Any:
             except ValueError:
                 continue
         raise ValueError(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _finite(float(value))
     if hint is Path and isinstance(value, str):
         return Path(value)
     if isinstance(hint, type) and not (
@@ -298,7 +309,7 @@ def to_json(value: Any, *, identity_only: bool = False) -> Any:
 
 def from_json(data: Any) -> Any:
     """The inverse of `to_json`."""
-    if isinstance(data, Mapping) and "type" in data:
+    if isinstance(data, Mapping) and ":" in str(data.get("type", "")):
         module, _, name = data["type"].partition(":")
         cls: Any = importlib.import_module(module)
         for part in name.split("."):

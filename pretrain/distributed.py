@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from pretrain.config import ConfigError, local
@@ -137,6 +138,15 @@ def leave_if_lost(kind: type[BaseException] | None, error: BaseException | None,
 def is_writer() -> bool:
     """This process writes the files of the run."""
     return jax.process_index() == 0
+
+
+def same_everywhere(numbers: list[int]) -> list[int]:
+    """The first process's list; file systems may show other processes something else."""
+    if jax.process_count() == 1:
+        return numbers
+    count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(numbers))))
+    padded = np.resize(np.asarray(numbers or [0], np.int64), count) if count else np.zeros(0, np.int64)
+    return [int(n) for n in multihost_utils.broadcast_one_to_all(padded)]
 
 
 def wait_for_all(what: str) -> None:

@@ -144,18 +144,6 @@ def mfu(
     return flops_per_token(model, vocab_size, row_length) * tokens_per_second / peak_flops
 
 
-def mfu_packed(
-    model: ModelConfig,
-    vocab_size: int,
-    document_lengths: Iterable[int],
-    *,
-    seconds: float,
-    peak_flops: float,
-) -> float:
-    """Utilization by what the documents processed in `seconds` needed."""
-    return packed_flops(model, vocab_size, document_lengths) / seconds / peak_flops
-
-
 def hfu(step_flops: float, *, step_seconds: float, peak_flops: float) -> float:
     """Hardware FLOPs utilization from `executed_flops` of a step."""
     return step_flops / step_seconds / peak_flops

@@ -34,12 +34,11 @@ Tree = TypeVar("Tree")
 
 EXIT_HANG = 5
 EXIT_TOO_MANY_SKIPS = 6
-EXIT_PREEMPTED = 75
 REASONS = ("ok", "loss not finite", "gradient norm not finite", "loss spike", "gradient norm spike")
 
 
 class TooManySkips(RuntimeError):
-    """The run was rolled back as often as allowed and still skips: exit code 6."""
+    """More steps in a row were skipped than are allowed: exit code 6."""
 
     exit_code = EXIT_TOO_MANY_SKIPS
 
@@ -55,8 +54,7 @@ class HealthConfig:
     min_accepted: int = 64  # spikes are judged from this many accepted steps on; non-finite values always
     num_sigmas: float = 6.0
     min_relative_sigma: float = 1e-3  # a flat window has sigma 0, and rounding would be a spike
-    max_consecutive_skips: int = 8  # then: back to the last good checkpoint, ban the rows
-    max_rollbacks: int = 3  # then: exit code 6
+    max_consecutive_skips: int = 8  # one more ends the run with exit code 6
 
     def __post_init__(self) -> None:
         faults = []
@@ -70,8 +68,6 @@ class HealthConfig:
             faults.append(f"min_relative_sigma must not be negative, got {self.min_relative_sigma}")
         if self.max_consecutive_skips < 1:
             faults.append(f"max_consecutive_skips must be at least 1, got {self.max_consecutive_skips}")
-        if self.max_rollbacks < 0:
-            faults.append(f"max_rollbacks must not be negative, got {self.max_rollbacks}")
         if faults:
             raise ValueError("\n".join(faults))
 
@@ -141,7 +137,7 @@ def keep_if(ok: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
 
 
 class Ledger:
-    """What was skipped, banned, rolled back or quarantined, in order. An item of every checkpoint.
+    """What was skipped or quarantined, in order. An item of every checkpoint.
 
     An entry is a dict with "event" and "step"; values that JSON lacks (nan, inf) are written as text.
     """
@@ -157,14 +153,13 @@ class Ledger:
         grad_norm: float,
         reason: str,
         rows: Sequence[Any] = (),
-        loss_by_source: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Record that the update of `step` was not applied; `rows` are the (source, row) pairs of its batch."""
         entry = {"event": "skip", "step": step, "reason": reason, "loss": loss, "grad_norm": grad_norm}
-        return self.add(**entry, rows=list(rows), loss_by_source=dict(loss_by_source or {}))
+        return self.add(**entry, rows=list(rows))
 
     def add(self, *, event: str, step: int, **fields: Any) -> dict[str, Any]:
-        """Append an entry (ban, rollback, quarantine, ...) and return it as it will be written."""
+        """Append an entry (skip, quarantine, ...) and return it as it will be written."""
         entry = _plain({"event": event, "step": step, **fields})
         self.entries.append(entry)
         return entry
@@ -176,10 +171,6 @@ class Ledger:
     @property
     def skipped_steps(self) -> list[int]:
         return [entry["step"] for entry in self.select("skip")]
-
-    @property
-    def banned_rows(self) -> set[tuple]:
-        return {tuple(row) for entry in self.select("ban") for row in entry["rows"]}
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,10 @@ def main(argv: Sequence[str]) -> int:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        # The loop saves and returns; this is before its first step, when files are whole or not there.
+        print("stopped before the first step; the same command begins again", file=sys.stderr)
+        return 130
     except (NoCheckpoint, AllCheckpointsBad, TooManySkips) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

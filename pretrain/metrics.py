@@ -308,11 +308,6 @@ class GoodputClock:
     def total_s(self) -> float:
         return sum(self.seconds().values())
 
-    def goodput(self) -> float:
-        """The share of all wall time spent in training steps."""
-        seconds = self.seconds()
-        return seconds["step"] / max(sum(seconds.values()), 1e-9)
-
     def _settle(self) -> None:
         now = self._now()
         self._seconds[self._stack[-1]] += now - self._mark

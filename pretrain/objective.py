@@ -29,6 +29,8 @@ class BatchSource(Protocol):
 
     def next(self, step: int, params: Any) -> Batch: ...
 
+    def batch_sizes(self) -> set[int]: ...  # rows that a batch may have
+
     def row_ids(self, step: int) -> Sequence[Any]: ...  # names of the rows of a batch, for the ledger
 
     def report(self) -> dict[str, Any]: ...  # JSON: what is worth a line about the batch given last
@@ -54,9 +56,12 @@ class Objective(Protocol):
     tokenizer: Tokenizer
     labels: Sequence[str]
     fingerprint: str
-    tokens_per_step: int
     tokens_per_row: int
     loss: LossFunction
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens in the batches of all steps before `step`, once the objective is open."""
+        ...
 
     def open(self, mesh: Mesh) -> BatchSource: ...
 
@@ -83,7 +88,6 @@ class RowObjective:
         self.data, self._config, self._seed, self._num_steps = data, config, seed, num_steps
         self.tokenizer, self.labels, self.fingerprint = data.tokenizer, data.labels, data.fingerprint
         self.tokens_per_row = config.row_length
-        self.tokens_per_step = config.batch_rows * config.row_length
         self.loss = language_model_loss(model, loss, len(data.labels))
         self._batches: RowBatches | None = None
         self._eval_step: Any = None
@@ -95,9 +99,16 @@ class RowObjective:
         )
         return self._batches
 
+    def tokens_before(self, step: int) -> int:
+        """Batches may grow (`data.batch_stages`)."""
+        assert self._batches is not None, "an objective is opened first"
+        return self._batches.plan.first_row(step) * self.tokens_per_row
+
     def evaluate(self, params: Any) -> Evaluation:
         """Score all held-out rows."""
         assert self._batches is not None, "an objective is opened before it is evaluated"
+        if not sum(self.data.heldout_bytes.values()):
+            return Evaluation(headline="no text is held out (data.heldout_percent=0): no score", values={})
         score = heldout_score(
             self._eval_step,
             params,
@@ -116,6 +127,15 @@ class RowObjective:
 
     def summary(self, evaluation: Evaluation, folder: Path) -> dict[str, Any]:
         """The score beside baselines on the same held-out bytes; these depend on the data only and are kept."""
+        if "bits_per_byte" not in evaluation.values:
+            return {
+                "val_bits_per_byte": None,
+                "val_bits_per_byte_by_source": {},
+                "baseline_bits_per_byte": {},
+                "val_bytes": 0,
+                "data": self.data.report,
+                "closing": [evaluation.headline],
+            }
         path = folder / "baselines.json"
         if path.exists():
             baselines = json.loads(path.read_text())

@@ -33,10 +33,10 @@ def _progress(step: Any, num_warmup_steps: int, num_steps: int) -> tuple[jax.Arr
 def _check(name: str, num_warmup_steps: float, **fractions: float) -> None:
     faults = []
     if num_warmup_steps < 0 or num_warmup_steps != int(num_warmup_steps):
-        faults.append(f"optim.schedule.num_warmup_steps must be a count of steps, got {num_warmup_steps}")
+        faults.append(f"num_warmup_steps must be a count of steps, got {num_warmup_steps}")
     for field, value in fractions.items():
         if not 0.0 <= value <= 1.0:
-            faults.append(f"optim.schedule.{field} ({name}) must lie in [0, 1], got {value}")
+            faults.append(f"{field} ({name}) must lie in [0, 1], got {value}")
     if faults:
         raise ConfigError(*faults)
 
@@ -110,7 +110,7 @@ class Wsd:
             final_fraction=self.final_fraction,
         )
         if self.shape not in ("linear", "one_minus_sqrt"):
-            raise ConfigError(f"optim.schedule.shape must be linear or one_minus_sqrt, got {self.shape!r}")
+            raise ConfigError(f"shape must be linear or one_minus_sqrt, got {self.shape!r}")
 
     def factor(self, step: Any, num_steps: int) -> jax.Array:
         """Share of the peak rate at `step` (from 0) of `num_steps`."""
@@ -134,6 +134,17 @@ class AdamWConfig:
     b2: float = 0.95
     eps: float = 1e-8
 
+    def __post_init__(self):
+        faults = [
+            f"{name} must lie in [0, 1), got {getattr(self, name)}"
+            for name in ("b1", "b2")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        if not self.eps > 0:
+            faults.append(f"eps must be positive, got {self.eps}")
+        if faults:
+            raise ConfigError(*faults)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MuonConfig:
@@ -147,6 +158,17 @@ class MuonConfig:
     num_iterations: int = 5
     consistent_rms: float = 0.2
     adamw: AdamWConfig = AdamWConfig()
+
+    def __post_init__(self):
+        faults = []
+        if not 0 <= self.momentum < 1:
+            faults.append(f"momentum must lie in [0, 1), got {self.momentum}")
+        if self.num_iterations < 1:
+            faults.append(f"num_iterations must be at least 1, got {self.num_iterations}")
+        if not self.consistent_rms > 0:
+            faults.append(f"consistent_rms must be positive, got {self.consistent_rms}")
+        if faults:
+            raise ConfigError(*faults)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,11 +184,11 @@ class OptimConfig:
     def __post_init__(self):
         faults = []
         if not 0 < self.peak_lr < math.inf:
-            faults.append(f"optim.peak_lr must be positive, got {self.peak_lr}")
+            faults.append(f"peak_lr must be positive, got {self.peak_lr}")
         if self.weight_decay < 0:
-            faults.append(f"optim.weight_decay must be at least 0, got {self.weight_decay}")
+            faults.append(f"weight_decay must be at least 0, got {self.weight_decay}")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            faults.append(f"optim.clip_norm must be positive or None, got {self.clip_norm}")
+            faults.append(f"clip_norm must be positive or None, got {self.clip_norm}")
         if faults:
             raise ConfigError(*faults)
 

@@ -314,9 +314,9 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
         facts.append(f"{_short(summary['params'])} parameters")
     if "train_tokens" in summary:
         facts.append(f"{_short(summary['train_tokens'])} tokens")
-    if "val_bits_per_byte" in summary:
+    if summary.get("val_bits_per_byte") is not None:
         facts.append(f"{summary['val_bits_per_byte']:.3f} bits per byte held out")
-    if "tokens_per_second" in summary:
+    if summary.get("tokens_per_second") is not None:
         facts.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
     if "device" in summary:
         facts.append(str(summary["device"]))

@@ -217,7 +217,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        check_batch(batch, num_microbatches, mesh)
+        check_batch(batch.tokens_BT1.shape[0], num_microbatches, mesh)
         trained = trained_part(state.params)
 
         def loss_of(trained: Params, part: Batch) -> LossSums:
@@ -264,13 +264,12 @@ def make_eval_step(loss: LossFunction, *, mesh: Mesh | None = None) -> OnMesh:
     return OnMesh(jax.jit(loss), mesh)
 
 
-def check_batch(batch: Batch, num_microbatches: int, mesh: Mesh | None) -> None:
-    """Refuse a batch that cannot be split as asked.
+def check_batch(rows: int, num_microbatches: int, mesh: Mesh | None) -> None:
+    """Refuse batches of so many rows when they cannot be split as asked.
 
     Raises:
       ConfigError: rows do not divide by microbatches times data-parallel devices.
     """
-    rows = batch.tokens_BT1.shape[0]
     devices = 1 if mesh is None else axis_size(mesh, DATA_AXES)
     if rows % (num_microbatches * devices):
         raise ConfigError(

@@ -19,10 +19,10 @@ import numpy as np
 
 from pretrain import config as config_lib
 from pretrain import flops
-from pretrain.checkpoint import Checkpointer, CheckpointPolicy, params_sha256, read_item
+from pretrain.checkpoint import Checkpointer, CheckpointPolicy, params_sha256, read_item, saved_steps
 from pretrain.config import ConfigError, local
 from pretrain.data.tables import DataConfig, prepare_tables
-from pretrain.distributed import DistributedConfig, is_writer, leave_if_lost, wait_for_all
+from pretrain.distributed import DistributedConfig, is_writer, leave_if_lost, same_everywhere, wait_for_all
 from pretrain.generate import SampleConfig, sample_texts
 from pretrain.health import (
     REASONS,
@@ -44,13 +44,13 @@ from pretrain.metrics import (
     read_metrics,
 )
 from pretrain.model.transformer import ModelConfig, abstract_params
-from pretrain.objective import Evaluation, Objective, RowObjective
+from pretrain.objective import BatchSource, Evaluation, Objective, RowObjective
 from pretrain.optim import OptimConfig, make_optimizer
 from pretrain.plots import draw_loss
 from pretrain.pretrained import Pretrained, load_init
 from pretrain.rundir import RunDir, write_atomic, write_json_atomic
 from pretrain.sharding import MeshConfig, make_mesh
-from pretrain.step import TrainState, abstract_state, init_state, make_train_step
+from pretrain.step import TrainState, abstract_state, check_batch, init_state, make_train_step
 
 EXIT_PREEMPTED = 75
 
@@ -61,7 +61,8 @@ class RunConfig:
 
     num_steps: int
     seed: int = 0
-    num_microbatches: int = 1
+    # Like the mesh: fewer devices take more, and the loss differs by rounding only.
+    num_microbatches: int = local(1)
     workdir: str = local("runs")
     stop_step: int | None = local(None)
     log_every_steps: int = local(10)
@@ -149,6 +150,20 @@ def train(config: TrainConfig, *, name: str, trunk: Path | None = None) -> Train
     mesh = make_mesh(config.mesh)
     with ExitStack() as stack:
         objective = config.objective()
+        vocab_size = objective.tokenizer.vocab_size
+        optimizer = make_optimizer(
+            config.optim, config.run.num_steps, abstract_params(config.model, vocab_size), config.model
+        )
+        # What is refused is refused before the run has a folder: model against mesh, rows, what the run starts from.
+        abstract = abstract_state(config.model, vocab_size, optimizer, mesh, config.health)
+        batches = objective.open(mesh)
+        stack.callback(batches.close)
+        for rows in batches.batch_sizes():
+            check_batch(rows, config.run.num_microbatches, mesh)
+        params = None
+        is_new = trunk is None and not same_everywhere(saved_steps(run.checkpoints))
+        if is_new and config.init:
+            params = load_init(config.init, config.model, objective.tokenizer, mesh)
         config_json = config_lib.to_json(config)
         if is_writer():
             run.create()
@@ -159,13 +174,7 @@ def train(config: TrainConfig, *, name: str, trunk: Path | None = None) -> Train
         wait_for_all("the run folder is ready")
         checkpointer = Checkpointer(run.checkpoints, config_json, objective.fingerprint, config.checkpoint)
         stack.callback(checkpointer.close)
-
-        vocab_size = objective.tokenizer.vocab_size
-        optimizer = make_optimizer(
-            config.optim, config.run.num_steps, abstract_params(config.model, vocab_size), config.model
-        )
         batches_state: dict[str, Any] = {}
-        abstract = abstract_state(config.model, vocab_size, optimizer, mesh, config.health)
         restored = checkpointer.restore_latest(abstract)
         if restored is not None:
             state, start_step, ledger = restored
@@ -180,17 +189,25 @@ def train(config: TrainConfig, *, name: str, trunk: Path | None = None) -> Train
             _check_same_rates(config, start_step, identity["run"]["num_steps"])
             print(f"starting {run.root} at step {start_step} of {trunk}")
         else:
-            params = load_init(config.init, config.model, objective.tokenizer, mesh) if config.init else None
+            assert is_new, "checkpoints that are there are resumed from or refused"
             state = init_state(
                 config.model, vocab_size, optimizer, config.run.seed, mesh, config.health, params
             )
             start_step, ledger, seconds = 0, Ledger(), {}
             print(f"starting {run.root}")
         loop = _Loop(
-            config, run, objective, mesh, optimizer, checkpointer, ledger, start_step, GoodputClock(seconds)
+            config,
+            run,
+            objective,
+            batches,
+            mesh,
+            optimizer,
+            checkpointer,
+            ledger,
+            start_step,
+            GoodputClock(seconds),
         )
-        loop.batches.restore(batches_state)
-        stack.callback(loop.batches.close)
+        batches.restore(batches_state)
         stack.callback(loop.writers.close)
         stack.push(leave_if_lost)
         return loop.run_to(last_step, state)
@@ -215,6 +232,7 @@ class _Loop:
         config: TrainConfig,
         run: RunDir,
         objective: Objective,
+        batches: BatchSource,
         mesh: jax.sharding.Mesh,
         optimizer: Any,
         checkpointer: Checkpointer,
@@ -222,7 +240,7 @@ class _Loop:
         start_step: int,
         clock: GoodputClock,
     ):
-        self.config, self.run, self.objective = config, run, objective
+        self.config, self.run, self.objective, self.batches = config, run, objective, batches
         self.checkpointer, self.ledger, self.start_step, self.clock = checkpointer, ledger, start_step, clock
         self.train_step = make_train_step(
             objective.loss,
@@ -235,51 +253,62 @@ class _Loop:
                 config.model, batch.segment_ids_BT1[:, :-1], batch.positions_BT1[:, :-1]
             ),
         )
-        self.step_flops: float | None = None  # what a step executes, known when it has been traced
+        # What a step executes, by the rows of its batch; known when it has been traced.
+        self._step_flops: dict[int, float | None] = {}
+        self._executed = 0.0  # FLOPs since the last line
         self._packed = {"packed_tokens": 0.0, "packed_pairs": 0.0}  # since the last line
-        self.batches = objective.open(mesh)
         self.writers = Writers([])
         if is_writer():
-            self.writers, _ = open_writers(
+            self.writers, dropped = open_writers(
                 run.root, config.run.writers, config_json=config_lib.to_json(config), resume_step=start_step
             )
-        self.tokens_per_step = objective.tokens_per_step
+            clock.lose(dropped)
         self.peak_flops, self.peak_flops_source = flops.peak_flops()
         self._logged = (start_step, self._busy_s())
 
     def run_to(self, last_step: int, state: TrainState) -> TrainResult:
         """Train until `last_step`, a signal, or too many skipped steps."""
-        evaluation = None
         step = self.start_step
         with (
             StopSignal() as signal,
             Watchdog(report=self.run.root / "hang.txt") as watchdog,
             open_progress(num_steps=self.config.run.num_steps, start_step=step) as progress,
         ):
-            pending: tuple[Any, dict[str, Any]] | None = None
+            pending: tuple[Any, dict[str, Any], float | None] | None = None
+            evaluation = self._evaluation_of(step)
+            if step and evaluation is None and self._is_due(step, last_step):
+                # The process that saved this step was killed before it had evaluated it.
+                evaluation = self._evaluate(step, state, progress)
             while step < last_step and not signal.requested_anywhere():
                 with self.clock.phase("data_wait"):
                     batch = self.batches.next(step, state.params)
-                with self.clock.phase("step" if step > self.start_step else "compile"):
-                    if step == self.start_step:
-                        self.step_flops = self._executed_flops(state, batch, progress)
+                rows = len(batch.tokens_BT1)
+                with ExitStack() as compiling:
+                    if rows in self._step_flops:
+                        compiling.enter_context(self.clock.phase("step"))
+                    else:
+                        compiling.enter_context(self.clock.phase("compile"))
+                        compiling.enter_context(watchdog.patience(3600))
+                        self._step_flops[rows] = self._executed_flops(state, batch, progress)
                     state, metrics = self.train_step(state, batch)
                     # Read the metrics of the step before while this one runs: the device never waits for the host.
                     if pending is not None:
                         self._record(step, *pending, progress)
-                pending = metrics, self.batches.report()
+                pending = metrics, self.batches.report(), self._step_flops[rows]
                 step += 1
                 watchdog.beat(step)
-                due = step == last_step or _every(self.config.run.eval_every_steps, step)
+                due = self._is_due(step, last_step)
                 save = step == last_step or self.checkpointer.due(step)
                 if due or save:
                     self._record(step, *pending, progress)
                     pending = None
+                # Saved first: whatever an evaluation may run into, the steps before it are not lost.
+                if save:
+                    with watchdog.patience(3600):
+                        self._save(step, state)
                 if due:
                     with watchdog.patience(3600):
                         evaluation = self._evaluate(step, state, progress)
-                if save:
-                    self._save(step, state)
                 self.checkpointer.poll()
             if pending is not None:
                 self._record(step, *pending, progress)
@@ -289,15 +318,20 @@ class _Loop:
             if step < last_step:
                 progress.say(f"{signal.received}: saved at step {step}; the same command goes on from here")
                 return TrainResult(folder=self.run.root, steps=step, exit_code=EXIT_PREEMPTED, summary={})
+            assert evaluation is not None, "the last step is always evaluated"
             with watchdog.patience(3600):
-                evaluation = evaluation or self._evaluate(step, state, progress)
                 summary = self._finish(step, state, evaluation)
         if is_writer():
             print("\n".join(summary["closing"]))
         return TrainResult(folder=self.run.root, steps=step, exit_code=0, summary=summary)
 
     def _record(
-        self, step: int, metrics: Mapping[str, Any], report: Mapping[str, Any], progress: ProgressView
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        report: Mapping[str, Any],
+        executed_flops: float | None,
+        progress: ProgressView,
     ) -> None:
         """Bring the metrics of finished step `step` to the host: ledger, line, progress."""
         values = jax.device_get(metrics)
@@ -310,19 +344,21 @@ class _Loop:
                 rows=self.batches.row_ids(step - 1),
             )
             progress.say(f"step {step} skipped: {entry['reason']}")
-            if values["consecutive_skips"] >= self.config.health.max_consecutive_skips:
+            if values["consecutive_skips"] > self.config.health.max_consecutive_skips:
                 raise TooManySkips(
                     f"at most {self.config.health.max_consecutive_skips} steps may be skipped in a row; step {step} is one "
                     f"more ({entry['reason']}, loss {values['loss']}); look at the rows in its ledger lines, or lower optim.peak_lr"
                 )
         for name in self._packed:
             self._packed[name] += float(values[name])
+        self._executed += executed_flops or 0.0
         if step % self.config.run.log_every_steps and step != self.config.run.last_step:
             return
         logged_step, logged_s = self._logged
         busy_s = self._busy_s()
         elapsed_s = max(busy_s - logged_s, 1e-9)
-        rate = (step - logged_step) * self.tokens_per_step / elapsed_s
+        tokens = self.objective.tokens_before(step)
+        rate = (tokens - self.objective.tokens_before(logged_step)) / elapsed_s
         self._logged = (step, busy_s)
         by_source = {
             label: float(nll / weight)
@@ -337,10 +373,11 @@ class _Loop:
             "grad_norm": float(values["grad_norm"]),
             "learning_rate": float(values["learning_rate"]),
             "skipped": int(values["skipped"]),
-            "tokens": step * self.tokens_per_step,
+            **_router_line(values),
+            "tokens": tokens,
             "tokens_per_second": rate,
             "mfu": self._mfu(rate),
-            **self._other_utilizations(step - logged_step, elapsed_s),
+            **self._other_utilizations(elapsed_s),
             "seconds": self.clock.total_s(),
             **report,
         }
@@ -364,7 +401,7 @@ class _Loop:
             progress.say(f"hfu is left out: {error}")
             return None
 
-    def _other_utilizations(self, num_steps: int, elapsed_s: float) -> dict[str, float]:
+    def _other_utilizations(self, elapsed_s: float) -> dict[str, float]:
         """By what the documents needed, and by what the program executes; counts start anew."""
         needed = flops.flops_of_counts(
             self.config.model,
@@ -374,16 +411,28 @@ class _Loop:
         )
         self._packed = dict.fromkeys(self._packed, 0.0)
         found = {"mfu_packed": needed / elapsed_s / self.peak_flops}
-        if self.step_flops is not None and num_steps:
-            found["hfu"] = flops.hfu(
-                self.step_flops, step_seconds=elapsed_s / num_steps, peak_flops=self.peak_flops
-            )
+        if self._executed:
+            found["hfu"] = flops.hfu(self._executed, step_seconds=elapsed_s, peak_flops=self.peak_flops)
+        self._executed = 0.0
         return found
 
     def _busy_s(self) -> float:
         """Seconds in steps and in waiting for rows: what throughput is measured over."""
         seconds = self.clock.seconds()
         return seconds["step"] + seconds["data_wait"] + seconds["compile"]
+
+    def _is_due(self, step: int, last_step: int) -> bool:
+        """An evaluation belongs to this step."""
+        interval = self.config.run.eval_every_steps
+        return step == last_step or (interval is not None and step % interval == 0)
+
+    def _evaluation_of(self, step: int) -> Evaluation | None:
+        """The evaluation of `step` that an earlier process has written."""
+        lines = read_metrics(self.run.metrics_jsonl)
+        found = [line for line in lines if line["kind"] == "eval" and line["step"] == step]
+        if not same_everywhere([len(found)])[0]:
+            return None
+        return Evaluation(headline=found[-1]["headline"], values=found[-1])
 
     def _evaluate(self, step: int, state: TrainState, progress: ProgressView) -> Evaluation:
         """The objective's verdict and a few samples, written and shown."""
@@ -396,6 +445,7 @@ class _Loop:
                     state.params, self.config.model, self.objective.tokenizer, self.config.sample
                 )
         values = {
+            "headline": evaluation.headline,
             **evaluation.values,
             "params_fingerprint": tree_fingerprint(state.params),
             "samples": {str(i): text for i, text in enumerate(texts)},
@@ -421,7 +471,7 @@ class _Loop:
             return {}
         records = read_metrics(self.run.metrics_jsonl)
         rates = [r["tokens_per_second"] for r in records if r["kind"] == "train"]
-        rate = statistics.median(rates)
+        rate = statistics.median(rates) if rates else None
         seconds = self.clock.seconds()
         with self.clock.phase("evaluation"):
             judged = self.objective.summary(evaluation, self.run.root)
@@ -430,13 +480,13 @@ class _Loop:
         summary = {
             **judged,
             "closing": [*judged["closing"], model_line],
-            "train_tokens": step * self.tokens_per_step,
+            "train_tokens": self.objective.tokens_before(step),
             "steps": step,
             "num_steps": self.config.run.num_steps,
             "params": num_params,
             "params_sha256": digest,
             "tokens_per_second": rate,
-            "mfu": self._mfu(rate),
+            "mfu": None if rate is None else self._mfu(rate),
             "peak_flops": self.peak_flops,
             "peak_flops_source": self.peak_flops_source,
             "seconds": sum(seconds.values()),
@@ -450,8 +500,16 @@ class _Loop:
         return summary
 
 
-def _every(interval: int | None, step: int) -> bool:
-    return interval is not None and step % interval == 0
+def _router_line(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the routers did, when there are experts; shares by `layer.expert`."""
+    if "expert_share" not in values:
+        return {}
+    share_LE = np.asarray(values["expert_share"])
+    return {
+        "expert_max_over_mean": float(values["expert_max_over_mean"]),
+        "router_z": float(values["router_z"]),
+        "expert_share": {f"{layer}.{e}": float(share) for (layer, e), share in np.ndenumerate(share_LE)},
+    }
 
 
 def _finished(run: RunDir, last_step: int) -> dict[str, Any] | None:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import apply_overrides, diff, fingerprint, from_json, load_config, to_json
+from pretrain.config import (
+    ConfigError,
+    apply_overrides,
+    diff,
+    fingerprint,
+    from_json,
+    load_config,
+    to_json,
+)
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.py"))
@@ -23,6 +31,7 @@ BRIDGES = {
     "pretrain.jobs.on_slurm": "submitit",
     "pretrain.wandb_sink": "wandb",
     "pretrain.data.hf_source": "datasets",
+    "pretrain.data.parquet_source": "pyarrow",
     "pretrain.gguf_import": "gguf",
     "pretrain.lm_eval_bridge": "lm_eval",
     "synth.llm.endpoint": "openai",
@@ -105,3 +114,29 @@ def test_fingerprints_are_the_same_in_another_process():
         check=True,
     )
     assert output.stdout.split() == [fingerprint(load_config(ROOT / file)) for file in files]
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("model.num_layers=0", "model.num_layers must be positive"),
+        ("model.head_width=15", "model.head_width must be even"),
+        ("data.row_length=0", "data.row_length must be at least 2"),
+        ("optim.peak_lr=-1", "optim.peak_lr must be positive"),
+        ("optim.clip_norm=0", "optim.clip_norm must be positive"),
+        ("optim.method.b1=2", "optim.method.b1 must lie in [0, 1)"),
+        ("optim.schedule.num_warmup_steps=-1", "optim.schedule.num_warmup_steps must be a count"),
+        ("loss.z_weight=-1", "loss.z_weight must be at least 0"),
+        ("loss.chunk_tokens=0", "loss.chunk_tokens must be positive"),
+        ("health.num_sigmas=0", "health.num_sigmas must be positive"),
+        ("run.num_steps=0", "run.num_steps must be at least 1"),
+        ("sample.temperature=-1", "sample.temperature must be at least 0"),
+        ("sample.max_new_tokens=0", "sample.max_new_tokens must be at least 1"),
+    ],
+)
+def test_a_refusal_names_the_field_as_it_was_typed(override, rule):
+    config = load_config(ROOT / "configs/pretrain/smoke.py")
+    with pytest.raises(ConfigError) as refused:
+        apply_overrides(config, [override])
+    (fault,) = refused.value.faults
+    assert fault.startswith(rule)

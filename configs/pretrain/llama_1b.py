@@ -15,9 +15,16 @@ from pretrain.train import RunConfig, TrainConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
-            num_layers=16, width=2048, num_heads=32, num_kv_heads=8, head_width=64, hidden_width=8192, tied_head=True,
-            layer_pattern=(LayerKind(rope=Rope(theta=500_000.0)),), remat="save_attention",
-        ),  # fmt: skip
+            num_layers=16,
+            width=2048,
+            num_heads=32,
+            num_kv_heads=8,
+            head_width=64,
+            hidden_width=8192,
+            tied_head=True,
+            layer_pattern=(LayerKind(rope=Rope(theta=500_000.0)),),
+            remat="save_attention",
+        ),
         data=DataConfig(
             sources=(JsonlConfig(name="corpus", path="*.jsonl*"),),
             tokenizer=BpeConfig(vocab_size=65_536),

@@ -2,6 +2,8 @@
 
 Data: the standard library of the running Python, module sources and the language reference that ships with it.
 Command: make quickstart
+Hardware: two virtual CPU cores, 5.5 minutes from a fresh checkout (installation included), about 4 afterwards.
+Result: 240 steps as it then was: 1.877 bits per byte held out; interpolated bigram 2.217, unigram 3.662, xz -9e 1.455.
 """
 
 from pretrain.checkpoint import CheckpointPolicy
@@ -18,9 +20,16 @@ from pretrain.train import RunConfig, TrainConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
-            num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_width=32, hidden_width=384, tied_head=True,
-            dtype="float32", scan_layers=False,
-        ),  # fmt: skip
+            num_layers=4,
+            width=128,
+            num_heads=4,
+            num_kv_heads=2,
+            head_width=32,
+            hidden_width=384,
+            tied_head=True,
+            dtype="float32",
+            scan_layers=False,
+        ),
         data=DataConfig(
             sources=(StdlibConfig(name="stdlib"),),
             tokenizer=BpeConfig(vocab_size=2048),
@@ -30,7 +39,10 @@ def get_config() -> TrainConfig:
             heldout_max_bytes=200_000,
         ),
         optim=OptimConfig(
-            method=MuonConfig(), peak_lr=1e-2, schedule=Wsd(num_warmup_steps=20, decay_fraction=0.4), weight_decay=0.05
+            method=MuonConfig(),
+            peak_lr=1e-2,
+            schedule=Wsd(num_warmup_steps=20, decay_fraction=0.4),
+            weight_decay=0.05,
         ),
         loss=LossConfig(chunk_tokens=4096),
         run=RunConfig(num_steps=200, log_every_steps=10, eval_every_steps=50),

@@ -20,6 +20,7 @@ from pretrain.data.pack import (
     Specials,
     document_pieces,
     pack_window,
+    pair_fits,
     pair_piece,
     windows,
 )
@@ -120,8 +121,10 @@ class TableSpec:
 
 def build_table(
     spool: Spool, folder: Path, scratch: Path, spec: TableSpec, jobs: Jobs, progress: Progress
-) -> None:
+) -> np.ndarray:
     """Write the table of `spool` into `folder`, which must not exist; `scratch` takes token files.
+
+    Returns the numbers of the documents that are in it: all but dropped pairs.
 
     Raises:
       ConfigError: a pair is longer than a row and the source does not say what to do with it.
@@ -134,6 +137,9 @@ def build_table(
     label = f"{spec.name} ({spec.split})"
     tokens = _encode(spool, scratch, spec, _Shown(runner, progress, f"encode {label}", 0), here)
     _check_pairs(tokens, spool, spec)
+    first_length = np.maximum(tokens.first_length, 0)
+    fits = pair_fits(first_length, tokens.length - first_length, spec.row_length, spec.on_overflow)
+    kept = np.flatnonzero((tokens.first_length < 0) | fits)
     ordered = tokens.take(spool.in_random_order())
     cuts = list(windows(len(spool), spec.window_documents))
     packing = [
@@ -165,12 +171,13 @@ def build_table(
         "documents": len(spool),
         "documents_sha256": spool.sha256,
         "pairs": int(pairs.sum()),
-        "text_bytes": int(spool.text_bytes.sum()),
+        "text_bytes": int(spool.text_bytes[kept].sum()),
         "fill_fraction": counts.filled_positions / positions if positions else 0.0,
         "repeated_ids": len(spool) - len(np.unique(spool.order_key)),
         **dataclasses.asdict(counts),
     }
     write_table_manifest(folder, shards, spec.row_format, facts)
+    return kept
 
 
 # --- encode ------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ class RowBatches:
         self.plan = mixture_plan(config, data.train_tables, seed)
         if num_steps is not None:
             self.plan.check_steps(num_steps)
-        for batch_rows in {config.batch_rows, *(stage.batch_rows for stage in batch_stages(config))}:
+        self._batch_sizes = {stage.batch_rows for stage in batch_stages(config)}
+        for batch_rows in {config.batch_rows, *self._batch_sizes}:
             self._slots(batch_rows)
         self._steps = StepRows(self.plan, data.train_tables, seed=seed, slots_of=self._slots)
         dataset: Any = grain.MapDataset.source(self._steps)
@@ -105,6 +106,10 @@ class RowBatches:
     def batch_at(self, step: int) -> Batch:
         """The batch of any step, read now."""
         return self._to_devices(self._steps[step], self.plan.batch_rows(step))
+
+    def batch_sizes(self) -> set[int]:
+        """Rows that a batch may have (`data.batch_stages`)."""
+        return self._batch_sizes
 
     def row_ids(self, step: int) -> list[tuple[str, int]]:
         """(source, row of its table) of every slot of a step: what a ledger names."""

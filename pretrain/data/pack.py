@@ -63,6 +63,17 @@ def document_pieces(ids: np.ndarray, row_length: int, specials: Specials) -> lis
     return [Piece(tokens[start : start + row_length + 1]) for start in starts]
 
 
+def pair_fits(
+    first_length: "int | np.ndarray",
+    second_length: "int | np.ndarray",
+    row_length: int,
+    on_overflow: Overflow,
+) -> "bool | np.ndarray":
+    """Whether a pair of these lengths is kept: it fits a row, or it does when its first text loses its start."""
+    least = second_length if on_overflow == "truncate" else first_length + second_length
+    return least + 3 <= row_length + 1
+
+
 def pair_piece(
     first: np.ndarray, second: np.ndarray, row_length: int, specials: Specials, on_overflow: Overflow
 ) -> Piece | None:
@@ -78,7 +89,7 @@ def pair_piece(
     if excess > 0:
         if on_overflow == "error":
             raise Overflowed(length)
-        if on_overflow == "drop" or excess > len(first):
+        if not pair_fits(len(first), len(second), row_length, on_overflow):
             return None
         first = first[excess:]
     tokens = np.concatenate([[specials.bos], first, [specials.sep], second, [specials.eos]]).astype(np.int32)

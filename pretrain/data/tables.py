@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from pretrain.jobs.pool import PoolConfig
 from pretrain.rundir import file_sha256, storage_errors, write_json_atomic
 from pretrain.tokenizer import Tokenizer, TokenizerConfig
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST, _FILES, _HELDOUT, _TOKENIZER = "manifest.json", "files.json", "heldout.jsonl.gz", "tokenizer.json"
 _SHOWN_BAD_RECORDS = 5
 # A file written this shortly before it was looked at may have changed again within one tick of its clock.
@@ -429,6 +429,7 @@ class _Keeper:
             read.heldout, data.heldout_max_bytes, scratch / f"heldout-{o.name}", data.table_seed
         )
         seconds = -time.monotonic()
+        kept = {}
         for split, spool in (("train", read.train), ("heldout", chosen)):
             spec = TableSpec(
                 name=o.name,
@@ -438,11 +439,11 @@ class _Keeper:
                 on_overflow=o.config.on_overflow,
                 seed=stable_seed("table", data.table_seed, o.name, split),
             )
-            build_table(
+            kept[split] = build_table(
                 spool, building / split, scratch / f"tokens-{o.name}-{split}", spec, jobs, self._progress
             )
         seconds += time.monotonic()
-        _write_documents(building / _HELDOUT, chosen)
+        _write_documents(building / _HELDOUT, chosen.documents(kept["heldout"]))
         train, held = RowTable(building / "train"), RowTable(building / "heldout")
         body = {
             "format": _FORMAT,
@@ -594,11 +595,11 @@ def _choose_heldout(spool: Spool, max_bytes: int, path: Path, seed: int) -> tupl
         return writer.close(), len(order) - taken
 
 
-def _write_documents(path: Path, spool: Spool) -> None:
+def _write_documents(path: Path, documents: Iterable[TextDocument]) -> None:
     with open(path, "wb") as raw:
         # No name and no date inside: the same documents are the same bytes.
         with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file:
-            for document in spool.documents():
+            for document in documents:
                 values = {"id": document.id, "text": document.text}
                 if document.first is not None:
                     values["first"] = document.first

@@ -50,7 +50,6 @@ class GrpoObjective:
         self.tokenizer = config.data.tokenizer.build("", _no_texts)
         self.labels: Sequence[str] = TERMS
         self.tokens_per_row = config.data.row_length
-        self.tokens_per_step = config.data.samples_per_step * config.data.row_length
         self.loss = policy_loss(config.model, config.loss)
         self._heldout = config.data.problems.heldout()
         train = config.data.problems.train()
@@ -62,6 +61,9 @@ class GrpoObjective:
         identity = [to_json(config.data), self.tokenizer.sha256, *_texts(train), *_texts(self._heldout)]
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._batches: RolloutBatches | None = None
+
+    def tokens_before(self, step: int) -> int:
+        return step * self._config.data.samples_per_step * self.tokens_per_row
 
     def open(self, mesh: Mesh) -> RolloutBatches:
         c = self._config

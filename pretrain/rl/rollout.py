@@ -156,6 +156,9 @@ class RolloutBatches:
         part = slice((step - first) * B, (step - first + 1) * B)
         return self._to_devices({name: values[part] for name, values in self._rollout.items()})
 
+    def batch_sizes(self) -> set[int]:
+        return {self._config.samples_per_step}
+
     def row_ids(self, step: int) -> list[str]:
         """The problems of a step."""
         return [self._problems[i].id for i in self._problem_indices(step, self._config.prompts_per_step)]

@@ -21,7 +21,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_a_freed_block_is_reused_without_page_faults():
-    out = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout.split()
+    out = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+    ).stdout.split()
     if out[0] == "0":
         pytest.skip("the C library is not glibc")
     pages = 5 * (64 << 20) // resource.getpagesize()

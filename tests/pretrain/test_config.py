@@ -83,6 +83,14 @@ def test_checks_see_only_the_final_state_and_carry_their_path():
         apply_overrides(Tree(), ["one.count=-1"])
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "1e400", "-inf"])
+def test_numbers_are_finite(value):
+    """Checks are comparisons, and nan passes most of them unseen."""
+    for key in ("one.rate", "one.count"):
+        with pytest.raises(ConfigError, match=rf"{key} must be .*, got '{value}'"):
+            apply_overrides(Tree(), [f"{key}={value}"])
+
+
 def test_local_fields_are_not_identity():
     tree = Tree()
     assert fingerprint(apply_overrides(tree, ["one.limit=3"])) == fingerprint(tree)

@@ -122,8 +122,6 @@ def test_packed_flops_count_the_pairs_that_documents_allow(window):
 def test_utilizations_are_flops_over_seconds_over_peak():
     per_token = flops.flops_per_token(DENSE, VOCAB, 64)
     assert flops.mfu(DENSE, VOCAB, 64, tokens_per_second=10, peak_flops=4 * per_token) == pytest.approx(2.5)
-    needed = flops.packed_flops(DENSE, VOCAB, [3, 4])
-    assert flops.mfu_packed(DENSE, VOCAB, [3, 4], seconds=2, peak_flops=needed) == pytest.approx(0.5)
     assert flops.hfu(8.0, step_seconds=2, peak_flops=16) == 0.25
 
 

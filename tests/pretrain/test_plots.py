@@ -81,7 +81,10 @@ def test_a_finished_run_is_drawn_with_its_sources_and_baselines(tmp_path):
         [],
         [{"step": 0, "kind": "eval", "bits_per_byte": 4.0}],
         [{"step": 1, "kind": "train", "loss": 2.0}],
-        [{"step": 1, "kind": "train", "loss": {"not_finite": "nan"}}, {"step": 2, "kind": "train", "loss": 3.0}],
+        [
+            {"step": 1, "kind": "train", "loss": {"not_finite": "nan"}},
+            {"step": 2, "kind": "train", "loss": 3.0},
+        ],
         [{"step": 1, "kind": "sample", "text": "no numbers"}],
     ],
     ids=["nothing", "one evaluation", "one step", "nan", "other lines"],

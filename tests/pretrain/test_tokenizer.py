@@ -17,7 +17,9 @@ from pretrain.tokenizer import (
     check_lossless,
 )
 
-CORPUS = [f"def f_{i}(x):\n    return x + {i}  # the {i}th sum\n" for i in range(300)] + ["naïve café 你好 " * 20]
+CORPUS = [f"def f_{i}(x):\n    return x + {i}  # the {i}th sum\n" for i in range(300)] + [
+    "naïve café 你好 " * 20
+]
 
 
 def train(vocab_size=400, texts=CORPUS):
@@ -62,7 +64,13 @@ def test_round_trip_is_lossless(tokenizer, text):
 def test_special_ids_are_four_and_vanish_in_text(tokenizer):
     assert len(specials(tokenizer)) == 4
     assert max(specials(tokenizer)) < tokenizer.vocab_size
-    ids = [tokenizer.bos_id, *tokenizer.encode("a"), tokenizer.sep_id, *tokenizer.encode("b"), tokenizer.eos_id]
+    ids = [
+        tokenizer.bos_id,
+        *tokenizer.encode("a"),
+        tokenizer.sep_id,
+        *tokenizer.encode("b"),
+        tokenizer.eos_id,
+    ]
     assert tokenizer.decode(ids) == "ab"
     assert all(tokenizer.token_bytes(i) == 0 for i in specials(tokenizer))
 
@@ -131,7 +139,9 @@ def test_one_token_may_have_several_roles(bpe, tmp_path):
 
 
 def test_a_missing_special_token_is_named(bpe, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.tokenizer.eos must be a token of the file, got '</s>'.*<bos>"):
+    with pytest.raises(
+        ConfigError, match=r"data.tokenizer.eos must be a token of the file, got '</s>'.*<bos>"
+    ):
         file_config(tmp_path, raw_tokenizer(bpe), eos="</s>")
 
 

@@ -18,6 +18,7 @@ def framed(data):
 
 def test_an_offline_run_holds_config_and_points(tmp_path):
     from wandb.proto.wandb_internal_pb2 import Record
+
     from pretrain.wandb_sink import WandbConfig
 
     folder = tmp_path / "smoke" / "1a2b3c4d"

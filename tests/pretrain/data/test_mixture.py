@@ -29,7 +29,14 @@ def plans(draw):
         stages.append(MixtureStage(start_step=start, weights=weights))
     batch_starts = sorted({0, *draw(st.lists(st.integers(1, 40), max_size=2))})
     batches = [BatchStage(start_step=start, batch_rows=draw(st.integers(1, 9))) for start in batch_starts]
-    return num_rows, stages, batches, caps, draw(st.integers(0, 5)), draw(st.sampled_from([1, 2, 5, 64, 2048]))
+    return (
+        num_rows,
+        stages,
+        batches,
+        caps,
+        draw(st.integers(0, 5)),
+        draw(st.sampled_from([1, 2, 5, 64, 2048])),
+    )
 
 
 def make(arguments):
@@ -81,7 +88,10 @@ def test_no_source_is_a_row_off_its_share_at_any_block_boundary(arguments):
     plan = make(arguments)
     num_steps = steps_of(plan)
     block = 0
-    while plan._bounds(block)[1] <= plan.first_row(num_steps) and plan._bounds(block)[0] < plan._bounds(block)[1]:
+    while (
+        plan._bounds(block)[1] <= plan.first_row(num_steps)
+        and plan._bounds(block)[0] < plan._bounds(block)[1]
+    ):
         end = plan._bounds(block)[1]
         counts = plan._counts_before(block + 1)
         assert sum(counts) == end
@@ -123,7 +133,9 @@ def test_caps_end_a_run_exactly_where_rows_end(arguments):
     feasible = plan.num_feasible_steps
     hypothesis.assume(feasible is not None)
     plan.check_steps(feasible)
-    with pytest.raises(ConfigError, match=f"end after step {feasible} of {feasible + 1} .*run.num_steps={feasible}"):
+    with pytest.raises(
+        ConfigError, match=f"end after step {feasible} of {feasible + 1} .*run.num_steps={feasible}"
+    ):
         plan.check_steps(feasible + 1)
     with pytest.raises(ConfigError, match=f"end after step {feasible}"):
         plan.slots(feasible)

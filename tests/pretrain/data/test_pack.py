@@ -99,7 +99,9 @@ def test_rows_are_nearly_full():
 @hypothesis.given(docs=documents, seed=st.integers(0, 99))
 def test_rows_are_shuffled_by_seed_and_nothing_else(docs, seed):
     first, again, other = (pack(pieces_of(docs, 8), 8, s) for s in (seed, seed, seed + 1))
-    as_bytes = [[r.tokens.tobytes() + r.segment_ids.tobytes() for r in rows] for rows in (first, again, other)]
+    as_bytes = [
+        [r.tokens.tobytes() + r.segment_ids.tobytes() for r in rows] for rows in (first, again, other)
+    ]
     assert as_bytes[0] == as_bytes[1]
     assert sorted(as_bytes[0]) == sorted(as_bytes[2])
 

@@ -33,7 +33,9 @@ def make_rows(count, row_length, vocab_size, seed=0):
 
 
 def write_table(folder, shards, row_format):
-    written = [write_shard(folder / f"{i:05d}.array_record", rows, row_format) for i, rows in enumerate(shards)]
+    written = [
+        write_shard(folder / f"{i:05d}.array_record", rows, row_format) for i, rows in enumerate(shards)
+    ]
     write_table_manifest(folder, written, row_format, {"target_tokens": 7})
     return written
 
@@ -94,11 +96,14 @@ def test_a_flipped_bit_is_noticed_by_the_read_or_by_verify(table_folder):
         path.write_bytes(damaged)
         with pytest.raises(ConfigError, match="must have sha256"):
             RowTable(table_folder).verify()
+        refusal = ""
         try:
             rows = RowTable(table_folder).read(range(40))
         except ConfigError as error:
-            assert "damaged" in str(error)
-            assert "data.rebuild=true" in str(error)
+            refusal = str(error)
+        if refusal:
+            assert "damaged" in refusal
+            assert "data.rebuild=true" in refusal
         else:
             np.testing.assert_array_equal(rows.tokens_BT1, expected.tokens_BT1)  # a byte that no row needs
             np.testing.assert_array_equal(rows.weights_BT, expected.weights_BT)
@@ -108,7 +113,9 @@ def test_a_missing_or_truncated_shard_is_named(table_folder):
     path = table_folder / "00000.array_record"
     data = path.read_bytes()
     path.write_bytes(data[:-10])
-    with pytest.raises(ConfigError, match=rf"00000.array_record must have {len(data)} bytes, it has {len(data) - 10}"):
+    with pytest.raises(
+        ConfigError, match=rf"00000.array_record must have {len(data)} bytes, it has {len(data) - 10}"
+    ):
         RowTable(table_folder)
     path.unlink()
     with pytest.raises(ConfigError, match="it is missing"):
@@ -147,7 +154,9 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
 
 
 def test_a_record_of_another_length_is_named(tmp_path):
-    shard = write_shard(tmp_path / "00000.array_record", make_rows(2, 8, 300), RowFormat(row_length=8, vocab_size=300))
+    shard = write_shard(
+        tmp_path / "00000.array_record", make_rows(2, 8, 300), RowFormat(row_length=8, vocab_size=300)
+    )
     write_table_manifest(tmp_path, [shard], RowFormat(row_length=9, vocab_size=300), {})
     with pytest.raises(ConfigError, match="row 0 of table .* is damaged: it has 70 bytes, a row has 78"):
         RowTable(tmp_path).read([0])

@@ -35,16 +35,26 @@ def memory(name, count, words=40, **fields):
 
 
 def data_config(*sources, **fields):
-    values = {"tokenizer": BytesConfig(), "row_length": 64, "batch_rows": 4, "heldout_percent": 20.0, **fields}
+    values = {
+        "tokenizer": BytesConfig(),
+        "row_length": 64,
+        "batch_rows": 4,
+        "heldout_percent": 20.0,
+        **fields,
+    }
     return DataConfig(sources=sources, **values)
 
 
 def write_corpus(path, count=30, mark=""):
-    path.write_text("".join(json.dumps({"id": str(i), "text": f"text {i} {mark}" * 9}) + "\n" for i in range(count)))
+    path.write_text(
+        "".join(json.dumps({"id": str(i), "text": f"text {i} {mark}" * 9}) + "\n" for i in range(count))
+    )
 
 
 def stamps(folder):
-    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.name != "files.json"}
+    return {
+        str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.name != "files.json"
+    }
 
 
 def texts_of(rows, tokenizer):
@@ -100,7 +110,11 @@ def test_a_cut_held_out_text_ends_between_characters(tmp_path):
 
 
 def test_a_source_may_have_its_own_held_out_percentage(tmp_path):
-    sources = [memory("all", 20, heldout_percent=0.0), memory("none", 20, heldout_percent=100.0), memory("some", 40)]
+    sources = [
+        memory("all", 20, heldout_percent=0.0),
+        memory("none", 20, heldout_percent=100.0),
+        memory("some", 40),
+    ]
     prepared = prepare_tables(data_config(*sources), tmp_path, 0, quiet)
     report = prepared.report
     assert (report["all"]["train"]["documents"], report["all"]["heldout"]["documents"]) == (20, 0)
@@ -110,7 +124,16 @@ def test_a_source_may_have_its_own_held_out_percentage(tmp_path):
 
 
 def test_a_corpus_is_all_the_unicode_there_is(tmp_path):
-    texts = ["\x00\x01", "\r\n\r", "e\u0301é", "<eos><bos>", "\ufeff\uffff", "\U0010ffff" * 9, "\u2028\x85", "x" * 9]
+    texts = [
+        "\x00\x01",
+        "\r\n\r",
+        "e\u0301é",
+        "<eos><bos>",
+        "\ufeff\uffff",
+        "\U0010ffff" * 9,
+        "\u2028\x85",
+        "x" * 9,
+    ]
     source = MemoryConfig(
         name="a", documents=tuple(TextDocument(f"{i}\n\x00{i}", t * 3) for i, t in enumerate(texts * 4))
     )
@@ -145,13 +168,35 @@ def test_a_pair_longer_than_a_row_is_refused_dropped_or_truncated(tmp_path):
         data = data_config(source, heldout_percent=0.0, row_length=48)
         return prepare_tables(data, tmp_path, 0, quiet).report["qa"]
 
-    with pytest.raises(ConfigError, match="2 do not, the longest, 'long one', has 109 tokens; raise data.row_length"):
+    with pytest.raises(
+        ConfigError, match="2 do not, the longest, 'long one', has 109 tokens; raise data.row_length"
+    ):
         prepared("error")
     assert not list((tmp_path / "tables").iterdir()) if (tmp_path / "tables").exists() else True
     dropped, truncated = prepared("drop"), prepared("truncate")
     assert (dropped["train"]["dropped_pairs"], dropped["train"]["truncated_pairs"]) == (2, 0)
     assert (truncated["train"]["dropped_pairs"], truncated["train"]["truncated_pairs"]) == (1, 1)
     assert "2 pairs longer than a row dropped" in describe("qa", dropped)
+
+
+def test_a_dropped_pair_counts_in_no_score(tmp_path):
+    """Bits per byte divide by the bytes of what is scored; the compressor reads the same bytes."""
+    short = [TextDocument(f"s{i}", f"answer {i}", first="question") for i in range(30)]
+    long = [TextDocument(f"l{i}", "a" * 90, first="question") for i in range(30)]
+    source = MemoryConfig(name="qa", documents=tuple(short + long), on_overflow="drop")
+    prepared = prepare_tables(data_config(source, heldout_percent=50.0, row_length=48), tmp_path, 0, quiet)
+    report = prepared.report["qa"]["heldout"]
+    assert 0 < report["dropped_pairs"] < report["documents"]
+    kept = list(prepared.heldout_documents("qa"))
+    assert {d.id[0] for d in kept} == {"s"}
+    assert len(kept) == report["documents"] - report["dropped_pairs"]
+    assert prepared.heldout_bytes["qa"] == len(prepared.heldout_texts()["qa"])
+    targets = sum(int(np.count_nonzero(rows.weights_BT)) for rows in prepared.heldout_rows())
+    assert targets == prepared.heldout_bytes["qa"] + len(kept)  # bytes are tokens here; each text has an end
+
+    source = dataclasses.replace(source, documents=tuple(long + short[:1]), heldout_percent=None)
+    prepared = prepare_tables(data_config(source, heldout_percent=0.0, row_length=48), tmp_path, 0, quiet)
+    assert prepared.report["qa"]["train"]["text_bytes"] == len(short[0].text)
 
 
 def test_bad_and_empty_records_are_counted_and_reported(tmp_path):
@@ -165,14 +210,19 @@ def test_bad_and_empty_records_are_counted_and_reported(tmp_path):
         stages.clear()
         report = prepare_tables(data, tmp_path / "w", 0, lambda stage, *_: stages.append(stage)).report["web"]
         assert (report["bad_records"], report["empty_documents"]) == (2, 1)
-        assert any("web: 2 bad records are left out, the first: " in stage and "a.jsonl:32" in stage for stage in stages)
+        assert any(
+            "web: 2 bad records are left out, the first: " in stage and "a.jsonl:32" in stage
+            for stage in stages
+        )
     assert report["first_bad_records"][1].endswith("a.jsonl:33: invalid UTF-8 at byte 21 (0xff)")
     assert "2 bad records left out; 1 empty documents left out" in describe("web", report)
 
 
 def test_repeated_ids_are_reported(tmp_path):
     documents = tuple(TextDocument(str(i % 25), f"text {i}") for i in range(50))
-    report = prepare_tables(data_config(MemoryConfig(name="a", documents=documents)), tmp_path, 0, quiet).report["a"]
+    report = prepare_tables(
+        data_config(MemoryConfig(name="a", documents=documents)), tmp_path, 0, quiet
+    ).report["a"]
     assert report["train"]["repeated_ids"] + report["heldout"]["repeated_ids"] == 25
 
 
@@ -324,7 +374,9 @@ def run_harness(tmp_path, code):
     """Run `code` in a small process that may fork: this one has jax and its threads."""
     script = tmp_path / "harness.py"
     script.write_text(_HARNESS.format(path=[str(Path(build.__file__).parents[2]), *sys.path]) + code)
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -464,7 +516,7 @@ def test_an_unchanged_corpus_is_not_read_again(tmp_path, corpus, monkeypatch):
     files = next((tmp_path / "w" / "tables").glob("web-*")) / "files.json"
     known = json.loads(files.read_text())
     # As if the corpus had been there for a while when the table was made.
-    for name, (size, _, changed) in known["web"]["files"].items():
+    for name, (size, _, _changed) in known["web"]["files"].items():
         os.utime(tmp_path / name, ns=(past, past))
         known["web"]["files"][name] = [size, past, (tmp_path / name).stat().st_ctime_ns]
         known["web"]["looked_ns"] = time.time_ns() + 10**10
@@ -496,7 +548,9 @@ def test_a_table_of_another_tokenizer_is_refused(tmp_path):
 def test_damage_is_named_and_a_rebuild_repairs_it(tmp_path, damage):
     data = data_config(memory("a", 40), tokenizer=BpeConfig(vocab_size=280))
     expected = prepare_tables(data, tmp_path, 0, quiet).fingerprint
-    (path,) = {*(tmp_path / "tables").glob(damage)} - {*(tmp_path / "tables").glob("tokenizer-*/manifest.json")}
+    (path,) = {*(tmp_path / "tables").glob(damage)} - {
+        *(tmp_path / "tables").glob("tokenizer-*/manifest.json")
+    }
     path.write_text(path.read_text().replace("a", "b", 1))
     with pytest.raises(ConfigError, match="data.rebuild=true"):
         prepare_tables(data, tmp_path, 0, quiet)
@@ -505,7 +559,9 @@ def test_damage_is_named_and_a_rebuild_repairs_it(tmp_path, damage):
     repaired.verify()
 
 
-@pytest.mark.parametrize("file", ["train/00000.array_record", "heldout/00000.array_record", "heldout.jsonl.gz"])
+@pytest.mark.parametrize(
+    "file", ["train/00000.array_record", "heldout/00000.array_record", "heldout.jsonl.gz"]
+)
 def test_a_flipped_byte_is_found_by_verify_and_repaired_by_a_rebuild(tmp_path, file):
     data = data_config(memory("a", 40))
     prepared = prepare_tables(data, tmp_path, 0, quiet)
@@ -530,7 +586,9 @@ def test_damaged_held_out_documents_are_named(tmp_path):
 def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)
     data = data_config(JsonlConfig(name="web", path="a.jsonl"), root=str(tmp_path))
-    with pytest.raises(ConfigError, match="the corpus data.sources.web must hold documents with text, got none"):
+    with pytest.raises(
+        ConfigError, match="the corpus data.sources.web must hold documents with text, got none"
+    ):
         prepare_tables(data, tmp_path / "w", 0, quiet)
     assert not (tmp_path / "w").exists()
 
@@ -546,12 +604,16 @@ def test_a_malformed_line_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_a_split_without_documents_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="data.heldout_percent=0.01 must leave documents to evaluate on, got none of 5"):
+    with pytest.raises(
+        ConfigError, match="data.heldout_percent=0.01 must leave documents to evaluate on, got none of 5"
+    ):
         prepare_tables(data_config(memory("a", 5), heldout_percent=0.01), tmp_path, 0, quiet)
-    with pytest.raises(ConfigError, match="must hold documents to train on, got none; lower data.heldout_percent"):
+    with pytest.raises(
+        ConfigError, match="must hold documents to train on, got none; lower data.heldout_percent"
+    ):
         prepare_tables(data_config(memory("a", 5), heldout_percent=100.0), tmp_path, 0, quiet)
+    data = data_config(memory("a", 5), heldout_percent=100.0, tokenizer=BpeConfig(vocab_size=280))
     with pytest.raises(ConfigError, match="trained on train documents, got none; lower data.heldout_percent"):
-        data = data_config(memory("a", 5), heldout_percent=100.0, tokenizer=BpeConfig(vocab_size=280))
         prepare_tables(data, tmp_path, 0, quiet)
 
 
@@ -578,7 +640,9 @@ def test_faults_of_the_config_are_named_all_at_once():
         data_config(memory("a", 1), memory("a", 2))
     with pytest.raises(ValueError, match=r"stages.0.weights must name sources \(a\), got b"):
         data_config(memory("a", 1), stages=(MixtureStage(start_step=0, weights={"b": 1.0}),))
-    with pytest.raises(ValueError, match="batch_stages must begin at start_step 0 and rise, got start steps 3"):
+    with pytest.raises(
+        ValueError, match="batch_stages must begin at start_step 0 and rise, got start steps 3"
+    ):
         data_config(memory("a", 1), batch_stages=(BatchStage(start_step=3, batch_rows=1),))
 
 
