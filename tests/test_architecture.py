@@ -91,6 +91,7 @@ OPTIONAL = {
     "submitit": "pretrain.jobs.on_slurm",
     "wandb": "pretrain.wandb_sink",
     "datasets": "pretrain.data.hf_source",
+    "pyarrow": "pretrain.data.parquet_source",
     "gguf": "pretrain.gguf_import",
     "lm_eval": "pretrain.lm_eval_bridge",
     "openai": "synth.llm.endpoint",
