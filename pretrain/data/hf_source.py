@@ -52,6 +52,13 @@ class HfDatasetsConfig(SourceConfig):
                 f"data.sources.{self.name}.path must be a dataset of the hub or a folder below data.root, got "
                 f"{self.path!r} (split {self.split!r}): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
+        for field in ("text_key", "first_key"):
+            key = getattr(self, field)
+            if key is not None and key not in loaded.column_names:
+                raise ConfigError(
+                    f"data.sources.{self.name}.{field} must be a column of the dataset, got {key!r}; "
+                    f"it has: {', '.join(sorted(loaded.column_names)[:8])}"
+                )
         return HfSource(self, loaded)
 
 
