@@ -20,21 +20,27 @@ class Chip:
     slow_bandwidth: float  # bytes/s that one device sends to another slice or host
 
 
-# TPU: peaks, HBM and links of "How to scale your model" (jax-ml scaling book, the table of TPU specs); an axis of the
-# torus has a link each way. Data center network per chip as in the Cloud TPU pages: 50 Gbit/s on v4 and v5p, 25 on
-# v5e, 100 on v6e and 7x. H100: NVIDIA data sheet of the SXM part (NVLink 900 GB/s both ways, one 400 Gbit/s adapter
-# a GPU). HBM is what the compiler grants where it was seen to say so (v5e 15.75 GiB), else the sheet's.
+# TPU: the specification tables of the Cloud TPU pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)".
+# They give peak, HBM and, of all ports in both directions together, the interconnect (v5e 400 GB/s, v5p 1200, v6e 800,
+# 7x 1200). An axis of the mesh is taken to lie along one axis of the torus, which has a link each way: a quarter of it on
+# v5e and v6e, a sixth on v5p and 7x. The v4 page gives none; its links are those of v5e in "How to scale your model"
+# (jax-ml scaling book), which puts the links of all of them a tenth lower: 45 GB/s one way, 90 on v5p and v6e.
+# Data center network per chip: 50 Gbit/s on v5p, 100 on v6e and 7x, 6.4 Tbit/s for a pod of 256 on v5e; that of v4 is
+# taken from v5p. The compiler lists the two halves of a v4 or 7x chip as devices of their own: half of everything.
+# HBM is what the compiler was seen to grant (v5e 15.75 GiB), a little less than the page's on v6e, else the page's.
+# H100: the data sheet "NVIDIA H100 Tensor Core GPU", SXM part: 1,979 TFLOP/s with sparsity, hence half; 3.35 TB/s; NVLink
+# 900 GB/s both ways. The adapter of 400 Gbit/s a GPU is that of DGX H100; other hosts have other ones.
 CHIPS = (
-    ("TPU v4", Chip(name="v4", peak_flops=275e12, hbm_bytes=32e9, hbm_bandwidth=1.2e12,
-                    link_bandwidth=2 * 45e9, slow_bandwidth=6.25e9)),
-    ("TPU v5 lite", Chip(name="v5e", peak_flops=197e12, hbm_bytes=15.75 * 2**30, hbm_bandwidth=0.81e12,
-                         link_bandwidth=2 * 45e9, slow_bandwidth=3.125e9)),
-    ("TPU v5", Chip(name="v5p", peak_flops=459e12, hbm_bytes=95 * 2**30, hbm_bandwidth=2.8e12,
-                    link_bandwidth=2 * 90e9, slow_bandwidth=6.25e9)),
-    ("TPU v6", Chip(name="v6e", peak_flops=918e12, hbm_bytes=31.25 * 2**30, hbm_bandwidth=1.6e12,
-                    link_bandwidth=2 * 90e9, slow_bandwidth=12.5e9)),
-    ("TPU7x", Chip(name="tpu7x", peak_flops=1153.5e12, hbm_bytes=96e9, hbm_bandwidth=3.7e12,
-                   link_bandwidth=2 * 90e9, slow_bandwidth=12.5e9)),
+    ("TPU v4", Chip(name="v4", peak_flops=137.5e12, hbm_bytes=16 * 2**30, hbm_bandwidth=0.6e12,
+                    link_bandwidth=45e9, slow_bandwidth=3.125e9)),
+    ("TPU v5 lite", Chip(name="v5e", peak_flops=197e12, hbm_bytes=15.75 * 2**30, hbm_bandwidth=0.819e12,
+                         link_bandwidth=100e9, slow_bandwidth=3.125e9)),
+    ("TPU v5", Chip(name="v5p", peak_flops=459e12, hbm_bytes=95 * 2**30, hbm_bandwidth=2.765e12,
+                    link_bandwidth=200e9, slow_bandwidth=6.25e9)),
+    ("TPU v6", Chip(name="v6e", peak_flops=918e12, hbm_bytes=31.25 * 2**30, hbm_bandwidth=1.638e12,
+                    link_bandwidth=200e9, slow_bandwidth=12.5e9)),
+    ("TPU7x", Chip(name="tpu7x", peak_flops=1153.5e12, hbm_bytes=96 * 2**30, hbm_bandwidth=3.69e12,
+                   link_bandwidth=100e9, slow_bandwidth=6.25e9)),
     ("H100", Chip(name="h100", peak_flops=989.4e12, hbm_bytes=79.1 * 2**30, hbm_bandwidth=3.35e12,
                   link_bandwidth=450e9, slow_bandwidth=50e9)),
 )  # fmt: skip
