@@ -45,6 +45,8 @@ _CHILD_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    # Its lock guards chips, of which there are none: another process with libtpu on this machine is no obstacle.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _TPU_TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e|tpu7x):\d+x\d+(x\d+)?")
 _EXCESS = re.compile(r"Used ([\d.]+)([KMGT])? of ([\d.]+)([KMGT])? hbm", re.IGNORECASE)
