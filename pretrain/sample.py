@@ -185,8 +185,15 @@ def _requests(
         (tokenizer.bos_id,) * add_bos + tuple(ids)
         for ids in tokenizer.encode_batch([r["prompt"] for r in records])
     ]
+    longest = job.generate.max_length - job.max_new_tokens
     faults = [f"prompt {i} must hold at least one token, got {records[i]['prompt']!r}; set bos=true"
               for i, ids in enumerate(ids_of) if not ids]  # fmt: skip
+    faults += [
+        f"prompt {i} must fit generate.max_length={job.generate.max_length} with its max_new_tokens="
+        f"{job.max_new_tokens}, got {len(ids)} tokens; shorten it or raise generate.max_length"
+        for i, ids in enumerate(ids_of)
+        if len(ids) > longest
+    ]
     if faults:
         raise ConfigError(*faults[:20])
     return [

@@ -138,7 +138,10 @@ def get_config():
         ("temperature=-1", "temperature must be at least 0"),
         ("top_p=2", "top_p must lie in"),
         ("prompts_file=x.jsonl", "exactly one of prompts and prompts_file"),
-        ("max_new_tokens=31", "prompt and new tokens must fit max_length=32, got 4"),
+        (
+            "max_new_tokens=31",
+            "prompt 0 must fit generate.max_length=32 with its max_new_tokens=31, got 4 tokens",
+        ),
         ("model=nowhere", "nowhere"),
         ("bos=false", "prompt 1 must hold at least one token"),
         ("samples_per_promt=1", "did you mean samples_per_prompt"),
