@@ -12,13 +12,13 @@ def epoch(rows, number, num_rows):
     return [rows.row(number * num_rows + k) for k in range(num_rows)]
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(num_rows=st.integers(1, 60), seed=st.integers(0, 2**63 - 1), number=st.integers(0, 10**6))
 def test_an_epoch_reads_every_row_once(num_rows, seed, number):
     assert sorted(epoch(RowOrder(num_rows, source="a", seed=seed), number, num_rows)) == list(range(num_rows))
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(elements=st.lists(st.integers(0, 10**9), min_size=1, max_size=9), seed=st.integers(0, 99))
 def test_the_row_of_an_element_does_not_depend_on_what_was_asked_before(elements, seed):
     rows = RowOrder(50, source="a", seed=seed)
