@@ -12,6 +12,7 @@ Letters as in layers.py, and R the rank.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -87,10 +88,7 @@ def _fresh(name: str, shape: tuple[int, ...], rank: int, key: jax.Array) -> Para
     lead = [dims[i] for i in _batch_dims(spec)]
     inputs, outputs = ([dims[i] for i in kept] for kept in (spec.inputs, spec.outputs))
     a = jax.random.normal(key, (layers, *lead, *inputs, rank), jnp.float32)
-    fan_in = 1
-    for size in inputs:
-        fan_in *= size
-    return {"a": a * fan_in**-0.5, "b": jnp.zeros((layers, *lead, rank, *outputs), jnp.float32)}
+    return {"a": a * math.prod(inputs) ** -0.5, "b": jnp.zeros((layers, *lead, rank, *outputs), jnp.float32)}
 
 
 def merged(blocks: Params) -> Params:
@@ -117,14 +115,14 @@ def merged_params(params: Params) -> Params:
 
 def trained_part(params: Params) -> Params:
     """What the optimizer moves: the adapters where there are some, else everything."""
-    if ADAPTERS not in params["blocks"]:
+    if ADAPTERS not in params.get("blocks", {}):
         return params
     return {"blocks": {ADAPTERS: params["blocks"][ADAPTERS]}}
 
 
 def with_trained_part(params: Params, trained: Params) -> Params:
     """`params` with that part replaced."""
-    if ADAPTERS not in params["blocks"]:
+    if ADAPTERS not in params.get("blocks", {}):
         return trained
     return {**params, "blocks": {**params["blocks"], **trained["blocks"]}}
 
