@@ -788,9 +788,9 @@ class SampleConfig:
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
-            raise ConfigError(f"sample.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.temperature < 0:
-            raise ConfigError(f"sample.temperature must be at least 0 (0 is greedy), got {self.temperature}")
+            raise ConfigError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}")
 
 
 def sample_texts(params: Params, model: ModelConfig, tokenizer: Tokenizer, config: SampleConfig) -> list[str]:
