@@ -86,16 +86,16 @@ class ModelConfig:
         faults = []
         for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_width", "hidden_width"):
             if getattr(self, name) < 1:
-                faults.append(f"model.{name} must be positive, got {getattr(self, name)}")
+                faults.append(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
             faults.append(
-                f"model.num_heads must be a multiple of model.num_kv_heads, got {self.num_heads} and "
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
                 f"{self.num_kv_heads}"
             )
         if self.head_width % 2:
-            faults.append(f"model.head_width must be even for rotary embedding, got {self.head_width}")
+            faults.append(f"head_width must be even for rotary embedding, got {self.head_width}")
         if not self.layer_pattern:
-            faults.append("model.layer_pattern must name at least one LayerKind, got ()")
+            faults.append("layer_pattern must name at least one LayerKind, got ()")
         for name, allowed in (
             ("activation", ("silu", "gelu_tanh")),
             ("dtype", ("float32", "bfloat16")),
@@ -103,7 +103,7 @@ class ModelConfig:
         ):
             if getattr(self, name) not in allowed:
                 faults.append(
-                    f"model.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
         if faults:
             raise ConfigError(*faults)
