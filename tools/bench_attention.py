@@ -4,17 +4,18 @@
     python tools/bench_attention.py size=smoke out=attention_cpu    seconds on a CPU: the harness, not the chip
 
 Every implementation is first held to a float64 reference on fresh random inputs, in memory that held NaN before;
-one that is wrong is not timed. Then, for every case, the implementations take turns; a sample is the time of as
-many calls in a row as fill `min_sample_s`, over several sets of inputs larger than the cache. Reported are the median
-and quartiles, useful TFLOP/s (allowed pairs), visited TFLOP/s (blocks entered) and the share of a matrix-product
-peak that is measured in the same run, before and after; more than 3 % between the two marks the run as throttled.
+one that is wrong is not timed. All programs are compiled beforehand, side by side. Then, for every case, the
+implementations take turns; a sample is the time of as many calls in a row as fill `min_sample_s`, over several sets of
+inputs larger than the cache. Reported are the median and quartiles, useful TFLOP/s (allowed pairs), visited TFLOP/s
+(blocks entered) and the share of a matrix-product peak that is measured in the same run, before and after; more than
+3 % between the two marks the run as throttled.
 
-Times are of the host's clock around calls that queue up, not of a profiler. For packed rows cuDNN and tokamax compute
-plain causal attention: their mask is wrong there and the row says what it costs.
+Times are of the host's clock around calls that queue up, not of a profiler. What an implementation makes of a plan is
+made once a batch and timed apart. cuDNN and tokamax know no packed rows, so packed rows are compared with what cuDNN
+takes for plain causal ones.
 """
 
 import dataclasses
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ import numpy as np
 from pretrain import plots
 from pretrain.config import ConfigError, apply_overrides
 from pretrain.kernels.attention import reference
-from pretrain.kernels.attention.api import IMPLEMENTATIONS, attention, choose, problem_of
+from pretrain.kernels.attention.api import IMPLEMENTATIONS, attention, choose, prepare_plan, problem_of
 from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, allowed_BTS, make_plan, visited_blocks
 from pretrain.rundir import write_atomic, write_json_atomic
 
@@ -54,6 +56,7 @@ TOLERANCE = {
     "float32": dict.fromkeys(("o", "dq", "dk", "dv"), 5e-5),
 }
 OURS = ("pallas_hopper", "pallas_tpu", "tpu_interpret")
+PACKED = (*OURS, "xla")  # those that know packed rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,19 +125,31 @@ class Case:
     packing: str  # "causal": one document a row; "packed": log-normal documents
 
 
-# --- implementations: each is f(q, k, v, plan) -> o, or a reason why not ------------------------------
+# --- implementations ----------------------------------------------------------------------------------
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, PackPlan | None], jax.Array]
+Shapes = Sequence[jax.ShapeDtypeStruct]
 
 
-def implementation(name: str, shapes: Sequence[jax.ShapeDtypeStruct], config: Any = None) -> Attention | str:
-    """The function that `name` stands for, or why this machine cannot run it."""
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """f(q, k, v, plan) -> o, and what it wants made of a plan once a batch."""
+
+    attend: Attention
+    prepare: Callable[[PackPlan, Shapes], PackPlan] = lambda plan, shapes: plan
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, plan: PackPlan | None) -> jax.Array:
+        return self.attend(q, k, v, plan)
+
+
+def implementation(name: str, shapes: Shapes, config: Any = None) -> Entrant | str:
+    """What `name` stands for, or why this machine cannot run it."""
     spec = AttentionSpec()
     if name == "tokamax":
         if importlib.util.find_spec("tokamax") is None:
             return "not installed"
         tokamax = importlib.import_module("tokamax")
-        return lambda q, k, v, plan: tokamax.dot_product_attention(q, k, v, is_causal=True)
+        return Entrant(lambda q, k, v, plan: tokamax.dot_product_attention(q, k, v, is_causal=True))
     if name not in IMPLEMENTATIONS:
         return "unknown"
     q, k = shapes[:2]
@@ -143,34 +158,66 @@ def implementation(name: str, shapes: Sequence[jax.ShapeDtypeStruct], config: An
     except NotImplementedError as error:
         return str(error)
     if name in (*OURS, "xla"):
-        return lambda q, k, v, plan: attention(q, k, v, plan=plan, spec=spec, impl=name, config=config)
-    return lambda q, k, v, plan: attention(q, k, v, spec=spec, impl=name)
+        return Entrant(
+            lambda q, k, v, plan: attention(q, k, v, plan=plan, spec=spec, impl=name, config=config),
+            lambda plan, shapes: prepare_plan(plan, *shapes[:2], spec=spec, impl=name, config=config),
+        )
+    return Entrant(lambda q, k, v, plan: attention(q, k, v, spec=spec, impl=name))
 
 
-def forward_and_backward(f: Attention) -> dict[str, Callable[..., Any]]:
+def forward_and_backward(f: Attention) -> dict[str, Any]:
     """{"fwd": (q, k, v, plan) -> o, "saved": the same -> what the backward needs, "bwd": (saved, do) -> gradients}."""
+
+    def forward(q, k, v, plan):
+        return f(q, k, v, plan)
 
     def saved(q, k, v, plan):
         return jax.vjp(lambda q, k, v: f(q, k, v, plan), q, k, v)
 
     return {
-        "fwd": jax.jit(f),
+        "fwd": jax.jit(forward),
         "saved": jax.jit(saved),
         "bwd": jax.jit(lambda transpose, do: transpose(do)),
     }
 
 
+Compiled = dict[str, Callable[..., Any]]
+
+
+def compiled(
+    jobs: Mapping[Any, tuple[Entrant, Shapes, PackPlan]], log: Callable[[str], None]
+) -> dict[Any, Compiled]:
+    """The three programs of every job, compiled side by side; a job that does not compile is said and left out."""
+
+    def build(job: tuple[Entrant, Shapes, PackPlan]) -> Compiled:
+        entrant, (q, k, v, do), plan = job
+        functions, plan = forward_and_backward(entrant), entrant.prepare(plan, (q, k))
+        transpose = jax.eval_shape(functions["saved"], q, k, v, plan)[1]
+        arguments = {"fwd": (q, k, v, plan), "saved": (q, k, v, plan), "bwd": (transpose, do)}
+        return {part: f.lower(*arguments[part]).compile() for part, f in functions.items()}
+
+    out = {}
+    with ThreadPoolExecutor() as pool:
+        futures = {key: pool.submit(build, job) for key, job in jobs.items()}
+        for key, future in futures.items():
+            try:
+                out[key] = future.result()
+            except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+                log(f"{key} does not compile: {str(error).splitlines()[0][:200]}")
+    return out
+
+
 # --- inputs ------------------------------------------------------------------------------------------
 
 
-def shapes_of(size: Size, width: int, length: int, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+def shapes_of(size: Size, width: int, length: int, rows: int) -> Shapes:
     heads = size.columns // width
     q = jax.ShapeDtypeStruct((rows, length, heads, width), jnp.dtype(size.dtype))
     k = jax.ShapeDtypeStruct((rows, length, heads // size.heads_per_kv_head, width), q.dtype)
     return q, k, k, q
 
 
-def draw(shapes: Sequence[jax.ShapeDtypeStruct], seed: int) -> tuple[jax.Array, ...]:
+def draw(shapes: Shapes, seed: int) -> tuple[jax.Array, ...]:
     """Standard normal: kinder data lets the chip run at a higher clock."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return tuple(jax.random.normal(key, s.shape, s.dtype) for key, s in zip(keys, shapes, strict=True))
@@ -297,30 +344,41 @@ def copy_bandwidth(size: Size, options: Options) -> float:
 # --- the run -----------------------------------------------------------------------------------------
 
 
-def cases_of(size: Size) -> Iterator[Case]:
-    """Every width at the first length before the next length, forward and backward, causal and packed."""
-    for length, width, packing, direction in itertools.product(
-        size.lengths, size.widths, ("causal", "packed"), DIRECTIONS
-    ):
+def problems_of(size: Size) -> Iterator[tuple[int, int]]:
+    """(length, width): every width at the first length before the next length."""
+    yield from itertools.product(size.lengths, size.widths)
+
+
+def cases_of(length: int, width: int) -> Iterator[Case]:
+    """Causal and packed, forward and backward."""
+    for packing, direction in itertools.product(("causal", "packed"), DIRECTIONS):
         yield Case(direction=direction, width=width, length=length, packing=packing)
 
 
+def rows_of(size: Size, length: int) -> int:
+    return max(1, size.tokens // length)
+
+
 def run_case(
-    size: Size, case: Case, entrants: Mapping[str, Attention], peak: float, options: Options
+    size: Size,
+    case: Case,
+    entrants: Mapping[str, tuple[Entrant, Compiled]],
+    peak: float,
+    options: Options,
 ) -> list[dict]:
     """A row of the report for each entrant."""
-    rows = max(1, size.tokens // case.length)
+    rows = rows_of(size, case.length)
     heads = size.columns // case.width
     plan = plan_of(size, case, rows)
     shapes = shapes_of(size, case.width, case.length, rows)
     sets = [draw(shapes, seed) for seed in range(options.input_sets)]
     runs = {}
-    for name, f in entrants.items():
-        functions = forward_and_backward(f)
+    for name, (entrant, functions) in entrants.items():
+        own = entrant.prepare(plan, shapes)
         if case.direction == "fwd":
-            runs[name] = functions["fwd"], [(q, k, v, plan) for q, k, v, _ in sets]
+            runs[name] = functions["fwd"], [(q, k, v, own) for q, k, v, _ in sets]
         else:
-            saved = [functions["saved"](q, k, v, plan)[1] for q, k, v, _ in sets]
+            saved = [functions["saved"](q, k, v, own)[1] for q, k, v, _ in sets]
             runs[name] = functions["bwd"], [(s, do) for s, (*_, do) in zip(saved, sets, strict=True)]
     flops = useful_flops(plan, case, heads)
     blocks = visited_blocks(plan, block_q=128, block_k=128) if case.length % 128 == 0 else None
@@ -339,19 +397,24 @@ def run_case(
                 float(blocks.sum()) * 128 * 128 * heads * case.width * (4 if case.direction == "fwd" else 10)
             )
             row["visited_tflops_at_128"] = visited / median / 1e12
-        if case.packing == "packed" and name in ("cudnn", "tokamax"):
-            row["note"] = "wrong mask, cost only"
         if name in OURS and (target := TARGETS.get((case.direction, case.width, case.length, case.packing))):
             row["ship"], row["aim"] = target
         out.append(row)
-    of_cudnn = next((r["median_ms"] for r in out if r["impl"] == "cudnn"), None)
-    for row in out:
-        if of_cudnn is not None:
-            row["speed_over_cudnn"] = of_cudnn / row["median_ms"]
     return out
 
 
-def admit(size: Size, width: int, seed: int) -> tuple[dict[str, Attention], list[dict]]:
+def compare_with_cudnn(table: Sequence[dict]) -> None:
+    """Writes into every row how many times as fast it is as plain causal cuDNN of the same shape."""
+    of_cudnn = {
+        (r["direction"], r["width"], r["length"]): r["median_ms"] for r in table if r["impl"] == "cudnn"
+    }
+    for row in table:
+        theirs = of_cudnn.get((row["direction"], row["width"], row["length"]))
+        if theirs is not None:
+            row["speed_over_cudnn"] = theirs / row["median_ms"]
+
+
+def admit(size: Size, width: int, seed: int) -> tuple[dict[str, Entrant], list[dict]]:
     """The implementations that are right at this width, and a row on every one: its errors or why it is absent."""
     admitted, rows = {}, []
     shapes = shapes_of(size, width, size.lengths[0], rows=1)
@@ -361,7 +424,7 @@ def admit(size: Size, width: int, seed: int) -> tuple[dict[str, Attention], list
             rows.append({"impl": name, "width": width, "absent": f})
             continue
         # Peers know no packed rows.
-        packings = ("causal", "packed") if name in (*OURS, "xla") else ("causal",)
+        packings = ("causal", "packed") if name in PACKED else ("causal",)
         errors = {packing: errors_against_float64(f, size, width, packing, seed) for packing in packings}
         # `not <=` and not `>`: NaN is wrong.
         wrong = [
@@ -378,12 +441,13 @@ def admit(size: Size, width: int, seed: int) -> tuple[dict[str, Attention], list
     return admitted, rows
 
 
-def plan_ms(size: Size, options: Options) -> float:
-    """What the plan of a batch costs, on ids that are already on the device."""
+def plan_ms(size: Size, entrant: Entrant, width: int, options: Options) -> float:
+    """What the plan of a batch costs with all that is made of it, on ids that are already on the device."""
     length = max(size.lengths)
-    rows = max(1, size.tokens // length)
+    rows = rows_of(size, length)
+    shapes = shapes_of(size, width, length, rows)
     ids = jnp.asarray(segments(rows, length, size.median_document, 0))
-    make = jax.jit(functools.partial(make_plan, spec=AttentionSpec(), seq_len=length))
+    make = jax.jit(lambda ids: entrant.prepare(make_plan(ids, AttentionSpec(), seq_len=length), shapes))
     return 1e3 * statistics.median(interleaved({"plan": (make, [(ids,)])}, options)["plan"])
 
 
@@ -396,23 +460,47 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     bandwidth = copy_bandwidth(size, options)
     log(f"{device.device_kind}: matrix product {peaks[0]:.1f} TFLOP/s, copy {bandwidth:.0f} GB/s")
     admitted, checks = {}, []
-    for width in size.widths:
-        admitted[width], rows = admit(size, width, seed=time.time_ns() % 2**31)
-        checks += rows
-        for row in rows:
-            log(check_line(row))
+    with ThreadPoolExecutor() as pool:
+        seed = time.time_ns() % 2**31
+        for width, (entrants, rows) in zip(
+            size.widths, pool.map(lambda width: admit(size, width, seed), size.widths), strict=True
+        ):
+            admitted[width] = entrants
+            checks += rows
+    for row in checks:
+        log(check_line(row))
+    jobs = {}
+    for length, width in problems_of(size):
+        rows = rows_of(size, length)
+        shapes = shapes_of(size, width, length, rows)
+        plan = make_plan(None, AttentionSpec(), seq_len=length, batch=rows)
+        for name, entrant in admitted[width].items():
+            if name != "xla" or length <= size.dense_limit:
+                jobs[length, width, name] = entrant, shapes, plan
+    programs = compiled(jobs, log)
+    log(f"{3 * len(programs)} programs compiled after {time.perf_counter() - began:.0f} s")
     table, left_out = [], []
-    for case in cases_of(size):
-        if time.perf_counter() - began > options.max_seconds:
-            left_out.append(dataclasses.asdict(case))
-            continue
-        entrants = {
-            n: f for n, f in admitted[case.width].items() if n != "xla" or case.length <= size.dense_limit
-        }
-        rows = run_case(size, case, entrants, peaks[0], options) if entrants else []
-        table += rows
-        for row in rows:
-            log(table_line(row))
+    for length, width in problems_of(size):
+        for case in cases_of(length, width):
+            if time.perf_counter() - began > options.max_seconds:
+                left_out.append(dataclasses.asdict(case))
+                continue
+            entrants = {
+                name: (jobs[length, width, name][0], programs[length, width, name])
+                for name in size.implementations
+                if (length, width, name) in programs and (case.packing == "causal" or name in PACKED)
+            }
+            rows = run_case(size, case, entrants, peaks[0], options) if entrants else []
+            table += rows
+            for row in rows:
+                log(table_line(row))
+    compare_with_cudnn(table)
+    plans = {
+        f"{name} h{width}": plan_ms(size, entrant, width, options)
+        for width, entrants in admitted.items()
+        for name, entrant in entrants.items()
+        if name in OURS
+    }
     peaks.append(matmul_peak(size, options))
     return {
         "size": {"name": options.size, **dataclasses.asdict(size)},
@@ -421,7 +509,7 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
         "matmul_peak_tflops": peaks,
         "throttled": abs(peaks[1] / peaks[0] - 1) > 0.03,
         "copy_gb_per_s": bandwidth,
-        "plan_ms": plan_ms(size, options),
+        "plan_ms": plans,
         "checks": checks,
         "table": table,
         "left_out": left_out,
@@ -430,7 +518,8 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("jaxlib", "tokamax", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "libtpu")
+    names = ("jaxlib", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+             "libtpu")  # fmt: skip
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {name: found[name] for name in names if name in found}
 

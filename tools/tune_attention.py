@@ -54,16 +54,18 @@ class Options:
 
 
 def hopper_candidates(width: int) -> Iterator[HopperBlocks]:
-    """Forward tiles with the backward tiles that go with them; what does not fit is refused by the compiler."""
-    forward = {64: [(64, 128, 3), (64, 256, 3), (128, 128, 3), (64, 64, 3)],
-               128: [(64, 128, 2), (64, 128, 3), (64, 64, 3), (128, 128, 2)],
-               256: [(64, 64, 2), (64, 32, 3)]}[width]  # fmt: skip
-    backward = {64: [(64, 64, 64, 64), (64, 128, 64, 64), (64, 128, 128, 64)],
-                128: [(64, 64, 64, 64), (64, 128, 64, 64)],
-                256: [(64, 32, 64, 64), (64, 32, 32, 64)]}[width]  # fmt: skip
-    for (block_q, block_k, stages), (q_dq, k_dq, q_dkv, k_dkv), stages_bwd in itertools.product(
-        forward, backward, (2, 3)
-    ):
+    """Forward tiles beside backward tiles that have nothing to do with them: the two are chosen apart."""
+    forward = {64: [(64, 128, 3), (64, 256, 2), (64, 128, 2), (64, 128, 4)],
+               128: [(64, 128, 2), (64, 128, 3), (64, 64, 4), (64, 64, 3)],
+               256: [(64, 64, 2), (64, 32, 4), (64, 32, 3)]}[width]  # fmt: skip
+    # (queries, keys) of dq, of dk/dv, stages
+    backward = {64: itertools.product([(64, 64), (64, 128)], [(64, 64), (128, 64)], [2, 3]),
+                128: itertools.product([(64, 64), (64, 128)], [(64, 64)], [2, 3]),
+                256: itertools.product([(64, 32)], [(32, 64), (64, 64)], [2, 3])}[width]  # fmt: skip
+    backward = list(backward)
+    for i in range(max(len(forward), len(backward))):
+        block_q, block_k, stages = forward[min(i, len(forward) - 1)]
+        (q_dq, k_dq), (q_dkv, k_dkv), stages_bwd = backward[min(i, len(backward) - 1)]
         yield HopperBlocks(
             block_q=block_q, block_k=block_k, stages=stages, block_q_dq=q_dq, block_k_dq=k_dq, block_q_dkv=q_dkv,
             block_k_dkv=k_dkv, stages_bwd=stages_bwd,
@@ -101,23 +103,24 @@ def measure(
     """The best blocks of a shape class, None where no candidate is right."""
     size = bench.SIZES[options.size]
     length = options.length or size.lengths[0]
-    shapes = bench.shapes_of(size, width, length, rows=max(1, size.tokens // length))
+    rows = bench.rows_of(size, length)
+    shapes = bench.shapes_of(size, width, length, rows)
     timing = bench.Options(size=options.size, samples=options.samples)
-    functions, of_name = {}, {}
+    jobs, of_name = {}, {}
+    plan = bench.make_plan(None, bench.AttentionSpec(), seq_len=length, batch=rows)
     for blocks in candidates(impl, width)[: options.max_configs]:
-        f = bench.implementation(impl, shapes, blocks)
-        if isinstance(f, str):
-            log(f"{short(blocks)}: {f}")
+        entrant = bench.implementation(impl, shapes, blocks)
+        if isinstance(entrant, str):
+            log(f"{short(blocks)}: {entrant}")
             continue
-        try:
-            errors = bench.errors_against_float64(f, size, width, packing, seed=0)
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            log(f"{short(blocks)}: does not compile: {str(error).splitlines()[0][:200]}")
-            continue
+        jobs[short(blocks)], of_name[short(blocks)] = (entrant, shapes, plan), blocks
+    functions = {}
+    for name, programs in bench.compiled(jobs, log).items():
+        errors = bench.errors_against_float64(jobs[name][0], size, width, packing, seed=0)
         if any(not error <= bench.TOLERANCE[size.dtype][key] for key, error in errors.items()):
-            log(f"{short(blocks)}: wrong: {errors}")
+            log(f"{name}: wrong: {errors}")
             continue
-        functions[short(blocks)], of_name[short(blocks)] = f, blocks
+        functions[name] = jobs[name][0], programs
     if not functions:
         return None
     best = {}

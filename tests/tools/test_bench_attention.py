@@ -44,6 +44,7 @@ def test_entrants_take_turns_in_alternating_order():
     assert order[-8:] == list("abbaabba")
 
 
+@pytest.mark.slow
 def test_the_smoke_run_leaves_table_and_pictures(tmp_path, capsys):
     argv = ["size=smoke", f"out={tmp_path}", "samples=2", "warmup=1", "min_sample_s=0.001", "input_sets=1"]
     assert bench.main(argv) == 0
@@ -109,3 +110,20 @@ def test_a_sweep_is_bounded_and_holds_no_candidate_twice(impl, width):
     found = tune.candidates(impl, width)
     assert 4 <= len(found) <= 24
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.slow
+def test_the_smoke_sweep_writes_a_row_of_the_table(tmp_path):
+    table, lines = tmp_path / "configs.py", []
+    table.write_text(tune.TABLE.read_text())
+    assert tune.main(["size=smoke", f"table={table}", "max_configs=1", "samples=1"], lines.append) == 0
+    changed = [
+        line
+        for line, before in zip(
+            table.read_text().splitlines(), tune.TABLE.read_text().splitlines(), strict=True
+        )
+        if line != before
+    ]
+    # A CPU is no chip of the table and takes the nearest row.
+    assert len(changed) == 1
+    assert changed[0].startswith('    ("v5e", 64): {False: _tpu((32, 32), (32, 32), (32, 32), 32), True: ')

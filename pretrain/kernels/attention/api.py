@@ -24,10 +24,6 @@ logger = logging.getLogger(__name__)
 AUTO_ORDER = ("pallas_tpu", "pallas_hopper", "cudnn", "xla")
 IMPLEMENTATIONS = ("pallas_tpu", "tpu_interpret", "pallas_hopper", "cudnn", "xla", "reference")
 
-# Kernels that compile and have never run on their chip: served by name, not the silent default. A back end leaves
-# this list with the measured run that shows it right.
-NEVER_RUN = ("pallas_hopper",)
-
 KERNEL_WIDTHS = (64, 128, 256)
 GPUS = ("cuda", "gpu")
 # Parts of what CUDA calls the chips of compute capability 9.0.
@@ -99,8 +95,6 @@ def choose(problem: Problem, impl: str = "auto", config: TpuBlocks | HopperBlock
     declined = {}
     for name in AUTO_ORDER:
         reasons = _reasons(name, problem, config)
-        if name in NEVER_RUN and problem.platform in GPUS:
-            reasons.append(f"its kernels compile and were never run, ask for impl={name!r} by name")
         if not reasons:
             return Choice(name, declined)
         declined[name] = reasons
@@ -146,8 +140,9 @@ def _reasons(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None) -> 
                 reasons.append(f"needs CUDA, got {p.platform}")
             if p.dtype not in ("bfloat16", "float16"):
                 reasons.append(f"needs bfloat16 or float16, got {p.dtype}")
-            if p.width % 8 or p.width > 128:
-                reasons.append(f"needs head width a multiple of 8 up to 128, got {p.width}")
+            limit = 256 if any(chip in p.device_kind for chip in HOPPER_CHIPS) else 128
+            if p.width % 8 or p.width > limit:
+                reasons.append(f"needs head width a multiple of 8 up to {limit}, got {p.width}")
             for present, what in (
                 (p.packed, "packed rows"),
                 (p.spec.softcap is not None, "soft cap"),
@@ -337,17 +332,22 @@ def prepare_plan(
     impl: str = "auto",
     config: TpuBlocks | HopperBlocks | None = None,
 ) -> PackPlan:
-    """The plan with the work lists that `attention` will want, so that layers share them: once a batch.
+    """The plan with the block ranges that `attention` will want, so that layers share them: once a batch.
 
-    Only the shapes and dtypes of q and k are read. Without it each call makes its own lists.
+    Only the shapes and dtypes of q and k are read. Without it each call makes its own.
     """
     problem = problem_of(q_BTNH, k_BSKH, spec, packed=True)
     choice = choose(problem, impl, config)
-    if choice.impl not in ("pallas_tpu", "tpu_interpret"):
-        return plan
-    blocks = _tpu_config(problem, choice.impl, config)
-    padded = _pad_plan(plan, *_padded(problem.num_queries, problem.num_keys, blocks))
-    return dataclasses.replace(plan, work=_work(padded, blocks, 0))
+    match choice.impl:
+        case "pallas_tpu" | "tpu_interpret":
+            blocks = _tpu_config(problem, choice.impl, config)
+            padded = _pad_plan(plan, *_padded(problem.num_queries, problem.num_keys, blocks))
+            return dataclasses.replace(plan, work=_work(padded, blocks, 0))
+        case "pallas_hopper":
+            blocks = _hopper_config(problem, config)
+            padded = _pad_plan(plan, *_padded_to_pairs(problem.num_queries, problem.num_keys, blocks))
+            return dataclasses.replace(plan, work=(hopper.tile_ranges(padded, blocks),))
+    return plan
 
 
 def problem_of(
@@ -472,13 +472,19 @@ def _on_tpu(spec, blocks, problem, interpret, q_BTNH, k_BSKH, v_BSKH, plan, sink
     return o_BTNH[:, :num_queries], lse_BNT[:, :, :num_queries]
 
 
-def _on_hopper(spec, blocks: HopperBlocks, q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset):
-    """The Hopper kernels with rows padded to two blocks, one for each computing warpgroup."""
-    num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
+def _padded_to_pairs(num_queries: int, num_keys: int, blocks: HopperBlocks) -> tuple[int, int]:
+    """Lengths rounded up to two blocks, one for each computing warpgroup."""
     size_q, size_k = blocks.multiple_of
     padded_q, padded_k = (-(-n // size) * size for n, size in ((num_queries, size_q), (num_keys, size_k)))
     if num_queries == num_keys:
         padded_q = padded_k = max(padded_q, padded_k)
+    return padded_q, padded_k
+
+
+def _on_hopper(spec, blocks: HopperBlocks, q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset):
+    """The Hopper kernels with rows padded to two blocks."""
+    num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    padded_q, padded_k = _padded_to_pairs(num_queries, num_keys, blocks)
     if (padded_q, padded_k) != (num_queries, num_keys):
 
         def widen(x, length):
@@ -486,14 +492,17 @@ def _on_hopper(spec, blocks: HopperBlocks, q_BTNH, k_BSKH, v_BSKH, plan, sinks_N
 
         q_BTNH, k_BSKH, v_BSKH = widen(q_BTNH, padded_q), widen(k_BSKH, padded_k), widen(v_BSKH, padded_k)
         plan = _pad_plan(plan, padded_q, padded_k)
+    prepared = [w for w in plan.work if isinstance(w, hopper.TileRanges) and w.blocks == blocks]
+    ranges = prepared[0] if prepared else hopper.tile_ranges(plan, blocks, offset)
     o_BTNH, lse_BNT = hopper.hopper_attention(
-        q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, spec, blocks, q_offset=offset
+        q_BTNH, k_BSKH, v_BSKH, plan.k_lo_BT, ranges, sinks_N, spec, q_offset=offset
     )
     return o_BTNH[:, :num_queries], lse_BNT[:, :, :num_queries]
 
 
-def _matches(work: tuple[worklist.WorkList, ...], blocks: TpuBlocks) -> bool:
-    return tuple((w.side, w.block_q, w.block_k) for w in work) == blocks.tiles
+def _matches(work: tuple, blocks: TpuBlocks) -> bool:
+    lists = [w for w in work if isinstance(w, worklist.WorkList)]
+    return tuple((w.side, w.block_q, w.block_k) for w in lists) == blocks.tiles
 
 
 def _by_cudnn(q_BTNH, k_BSKH, v_BSKH, spec: AttentionSpec, window: tuple[int, int] | None) -> Array:

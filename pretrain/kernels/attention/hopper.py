@@ -5,8 +5,11 @@ different rows with ranges of their own; the stream covers both ranges, and a wa
 only the other needs. The two take turns: while one multiplies, the other exponentiates (FlashAttention-3,
 arXiv 2407.08608, whose structure the forward has; the ranges are ours). Interior tiles run no mask code.
 
-Never run so far: the kernels lower and compile ahead of time, and the tests execute their bodies, barriers and all,
-in an emulator. `auto` does not take them before a measured run exists.
+Products start as soon as their factors exist and are waited for as late as may be: the scores and their gradients are
+in flight together, so that exponentials run under a product, and so are the sums of dk and dv. A product that would
+go on into the next tile gains nothing: ptxas waits for it there.
+
+The tests execute the bodies, barriers and all, in an emulator; what runs on the chip is measured in docs/kernels.md.
 
 B rows, T query time, S key time, N query heads, K key-value heads, G = N/K, H head width, Q and C the queries and keys
 of a tile.
@@ -25,13 +28,16 @@ from jaxtyping import Array, Float
 
 from pretrain import compat
 from pretrain.kernels.attention.configs import HopperBlocks
-from pretrain.kernels.attention.math import LN2, LOG2E, MASKED, logits_base2, score_gradient, visible
-from pretrain.kernels.attention.plan import AttentionSpec, Bounds, PackPlan, block_bounds
+from pretrain.kernels.attention.math import LN2, LOG2E, MASKED, exponents, score_gradient, visible
+from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, block_bounds
 
 # 65536 registers a multiprocessor: 2·128·232 + 128·40 = 64512.
 COMPUTE_REGISTERS = 232
 STREAM_REGISTERS = 40
 STREAM = 2  # the warpgroup that streams
+# Where the running maximum starts: above what a masked score becomes, so that a row that is wholly masked in its first
+# tiles gathers zeros, and below every real logit.
+FLOOR = -1e30
 # From this width on dk and dv of one tile do not fit the registers of one warpgroup: each makes one of them.
 SPLIT_WIDTH = 256
 
@@ -46,37 +52,55 @@ class _Static:
     warpgroup_semantics: bool
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["forward", "dq", "dkv"], meta_fields=["blocks"]
+)
+@dataclasses.dataclass(frozen=True)
+class TileRanges:
+    """The block ranges of the three kernels, int32 [B, 4, outer blocks] each: lo, full_lo, full_hi, hi."""
+
+    forward: Array
+    dq: Array
+    dkv: Array
+    blocks: HopperBlocks
+
+
+def tile_ranges(plan: PackPlan, blocks: HopperBlocks, q_offset: int | Array = 0) -> TileRanges:
+    """What the kernels want of a plan; layers can share it. `plan` holds the local queries."""
+
+    def of(side: str, block_q: int, block_k: int) -> Array:
+        b = block_bounds(plan, side=side, block_q=block_q, block_k=block_k, q_offset=q_offset)
+        return jnp.stack([b.lo, b.full_lo, b.full_hi, b.hi], axis=1)
+
+    return TileRanges(
+        of("q", blocks.block_q, blocks.block_k),
+        of("q", blocks.block_q_dq, blocks.block_k_dq),
+        of("k", blocks.block_q_dkv, blocks.block_k_dkv),
+        blocks,
+    )
+
+
 def hopper_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    plan: PackPlan,
+    k_lo_BT: Array,
+    ranges: TileRanges,
     sinks_N: Float[Array, " N"] | None,
     spec: AttentionSpec,
-    blocks: HopperBlocks,
     *,
     q_offset: int | Array,
     warpgroup_semantics: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Output and natural log-sum-exp. T and S are multiples of two blocks; `plan` holds the local queries."""
+    """Output and natural log-sum-exp. T and S are multiples of two blocks; `k_lo_BT` is of the local queries."""
     batch, _, _, width = q_BTNH.shape
     scale = width**-0.5 if spec.scale is None else spec.scale
-    static = _Static(scale, spec.softcap, blocks, warpgroup_semantics)
+    static = _Static(scale, spec.softcap, ranges.blocks, warpgroup_semantics)
     offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
-    tiles = functools.partial(block_bounds, plan, q_offset=q_offset)
-    bounds = (
-        _packed(tiles(side="q", block_q=blocks.block_q, block_k=blocks.block_k)),
-        _packed(tiles(side="q", block_q=blocks.block_q_dq, block_k=blocks.block_k_dq)),
-        _packed(tiles(side="k", block_q=blocks.block_q_dkv, block_k=blocks.block_k_dkv)),
-    )
     sinks = None if sinks_N is None else sinks_N.astype(jnp.float32)
-    o_BTNH, lse2_BNT = _attention(static, q_BTNH, k_BSKH, v_BSKH, sinks, (plan.k_lo_BT, offset_B), bounds)
+    bounds = (ranges.forward, ranges.dq, ranges.dkv)
+    o_BTNH, lse2_BNT = _attention(static, q_BTNH, k_BSKH, v_BSKH, sinks, (k_lo_BT, offset_B), bounds)
     return o_BTNH, lse2_BNT * LN2
-
-
-def _packed(bounds: Bounds) -> Array:
-    """[4, B, blocks]: one array of scalars to read from."""
-    return jnp.stack([bounds.lo, bounds.full_lo, bounds.full_hi, bounds.hi])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -87,7 +111,9 @@ def _attention(static, q, k, v, sinks, rows, bounds):
 def _attention_fwd(static, q, k, v, sinks, rows, bounds):
     o, lse2 = _forward(static, q, k, v, sinks, rows, bounds[0])
     # Named so that a remat policy can keep them and the backward pass needs no second forward.
-    o, lse2 = checkpoint_name(o, "attn_out"), checkpoint_name(lse2, "attn_lse")
+    # The barrier keeps XLA from fusing the kernel with the write into the scan's stack of residuals: it would run one
+    # copy for that and another for what reads the output (128 runs of 64 layers, seen on an H200).
+    o, lse2 = lax.optimization_barrier((checkpoint_name(o, "attn_out"), checkpoint_name(lse2, "attn_lse")))
     return (o, lse2), (q, k, v, sinks, rows, bounds, o, lse2)
 
 
@@ -158,35 +184,30 @@ def _positions(shape, dim: int, start):
     return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) + start
 
 
-def _product(a, b, shape):
-    """a @ b in registers."""
+def _accumulate(sums, factors):
+    """Each sum plus its product a @ b; all are in flight together and waited for once."""
 
-    def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, a, b)
-        return acc_ref[...]
+    def multiply(acc_refs):
+        for acc_ref, (a, b) in zip(acc_refs, factors, strict=True):
+            plgpu.wgmma(acc_ref, a, b)
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-
-
-def _accumulate(acc, a, b):
-    """acc + a @ b."""
-
-    def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, a, b)
-
-    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+    return pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x in sums))
 
 
-def _masked(logits, queries: int, q_start, k_lo, k_start, edge):
-    """Logits with the pairs hidden that may not be seen; `edge` says whether there are any."""
+def _masked(x, queries: int, q_start, k_lo, k_start, edge):
+    """Scores with the pairs hidden that may not be seen; `edge` says whether there are any."""
 
-    def hide(logits):
-        shape = logits.shape
-        q_pos = _positions(shape, queries, q_start)
-        k_pos = _positions(shape, 1 - queries, k_start)
-        return jnp.where(visible(q_pos, _across(k_lo, shape, queries), k_pos), logits, MASKED)
+    def hide(x):
+        q_pos = _positions(x.shape, queries, q_start)
+        k_pos = _positions(x.shape, 1 - queries, k_start)
+        return jnp.where(visible(q_pos, _across(k_lo, x.shape, queries), k_pos), x, MASKED)
 
-    return lax.cond(edge, hide, lambda logits: logits, logits)
+    return lax.cond(edge, hide, lambda x: x, x)
+
+
+def _tanh_of(static: _Static, x):
+    """What `score_gradient` wants of `exponents`' result."""
+    return None if static.softcap is None else x
 
 
 def _meet(barrier) -> None:
@@ -230,7 +251,7 @@ def _ring_barriers(name: str, stages: int, copies: int = 1) -> dict[str, plgpu.B
 
 def _range(bounds_ref, row, block):
     """(lo, full_lo, full_hi, hi) of one outer block."""
-    return tuple(bounds_ref[i, row, block] for i in range(4))
+    return tuple(bounds_ref[row, i, block] for i in range(4))
 
 
 def _each(start, stop, body) -> None:
@@ -296,26 +317,29 @@ def _forward(static: _Static, q, k, v, sinks, rows, bounds):
 
                 products_QC = pl.run_scoped(multiply, plgpu.ACC((block_q, block_k), jnp.float32))
                 keys.release(step)
-                t_QC, _ = logits_base2(products_QC, static.scale, static.softcap)
-                t_QC = _masked(
-                    t_QC, 0, q_start, k_lo, block * block_k, (block < full_lo) | (block >= full_hi)
+                x_QC, factor = exponents(products_QC, static.scale, static.softcap)
+                x_QC = _masked(
+                    x_QC, 0, q_start, k_lo, block * block_k, (block < full_lo) | (block >= full_hi)
                 )
-                new_top_Q = jnp.maximum(top_Q, t_QC.max(axis=1))
-                p_QC = jnp.exp2(t_QC - _across(new_top_Q, t_QC.shape, 0))
+                new_top_Q = jnp.maximum(top_Q, x_QC.max(axis=1) * factor)
+                p_QC = jnp.exp2(x_QC * factor - _across(new_top_Q, x_QC.shape, 0))
                 alpha_Q = jnp.exp2(top_Q - new_top_Q)
                 total_Q = total_Q * alpha_Q + p_QC.sum(axis=1)
                 acc_QH = acc_QH * _across(alpha_Q, acc_QH.shape, 0)
-                p_QC = p_QC.astype(dtype)
+                # Nothing of this may move behind the barrier, where it would run in the other's turn.
+                acc_QH, new_top_Q, total_Q, p_QC = lax.optimization_barrier(
+                    (acc_QH, new_top_Q, total_Q, p_QC.astype(dtype))
+                )
                 plgpu.barrier_arrive(turn)
                 values.wait(step)
                 plgpu.barrier_wait(turn)
-                acc_QH = _accumulate(acc_QH, p_QC, v_smem.at[slot])
+                (acc_QH,) = _accumulate([acc_QH], [(p_QC, v_smem.at[slot])])
                 values.release(step)
                 return acc_QH, new_top_Q, total_Q
 
             vector = plgpu.Layout.WGMMA.reduce(1)
             if sinks_ref is None:
-                top_Q, total_Q = jnp.full((block_q,), MASKED, jnp.float32), jnp.zeros((block_q,), jnp.float32)
+                top_Q, total_Q = jnp.full((block_q,), FLOOR, jnp.float32), jnp.zeros((block_q,), jnp.float32)
             else:
                 sink = sinks_ref[head] * LOG2E
                 top_Q, total_Q = jnp.broadcast_to(sink, (block_q,)), jnp.ones((block_q,), jnp.float32)
@@ -420,19 +444,25 @@ def _backward_q(static: _Static, q, k, v, do, lse2, delta, rows, bounds):
             def visit(block, dq_QH):
                 step = block - first
                 slot, shape = keys.slot(step), (block_q, block_k)
-                keys.wait(step)
-                t_QC, tanh_QC = logits_base2(
-                    _product(q_tile, k_smem.at[slot].T, shape), static.scale, static.softcap
-                )
-                t_QC = _masked(
-                    t_QC, 0, q_start, k_lo_Q, block * block_k, (block < full_lo) | (block >= full_hi)
-                )
-                p_QC = jnp.exp2(t_QC - _across(lse_Q, shape, 0))
-                values.wait(step)
-                dp_QC = _product(do_tile, v_smem.at[slot].T, shape)
-                values.release(step)
-                ds_QC = score_gradient(p_QC, dp_QC, _across(delta_Q, shape, 0), tanh_QC)
-                dq_QH = _accumulate(dq_QH, ds_QC.astype(dtype), k_smem.at[slot])
+
+                def gradient(s_ref, dp_ref):
+                    keys.wait(step)
+                    plgpu.wgmma(s_ref, q_tile, k_smem.at[slot].T)
+                    values.wait(step)
+                    plgpu.wgmma(dp_ref, do_tile, v_smem.at[slot].T)
+                    # The exponentials run under the second product.
+                    x_QC, factor = exponents(
+                        plgpu.wgmma_accumulator_load(s_ref, wait_n=1), static.scale, static.softcap
+                    )
+                    edge = (block < full_lo) | (block >= full_hi)
+                    shown_QC = _masked(x_QC, 0, q_start, k_lo_Q, block * block_k, edge)
+                    p_QC = jnp.exp2(shown_QC * factor - _across(lse_Q, shape, 0))
+                    dp_QC = dp_ref[...]
+                    values.release(step)
+                    return score_gradient(p_QC, dp_QC, _across(delta_Q, shape, 0), _tanh_of(static, x_QC))
+
+                ds_QC = pl.run_scoped(gradient, *[plgpu.ACC(shape, jnp.float32)] * 2)
+                (dq_QH,) = _accumulate([dq_QH], [(ds_QC.astype(dtype), k_smem.at[slot])])
                 keys.release(step)
                 return dq_QH
 
@@ -526,32 +556,35 @@ def _backward_kv(static: _Static, q, k, v, do, lse2, delta, rows, bounds):
             lo, full_lo, full_hi, hi = _range(bounds_ref, row, block)
             offset = offset_ref[row]
 
-            def probabilities(slot, q_block):
-                products_CQ = _product(k_tile, q_smem.at[slot].T, shape)
-                t_CQ, tanh_CQ = logits_base2(products_CQ, static.scale, static.softcap)
-                edge = (q_block < full_lo) | (q_block >= full_hi)
-                k_lo_Q = _vector(k_lo_smem.at[slot], 1)
-                t_CQ = _masked(t_CQ, 1, q_block * block_q + offset, k_lo_Q, block * block_k, edge)
-                return jnp.exp2(t_CQ - _across(_vector(lse_smem.at[slot], 1), shape, 1)), tanh_CQ
-
-            def gradient(slot, p_CQ, tanh_CQ):
-                dp_CQ = _product(v_tile, do_smem.at[slot].T, shape)
-                delta_CQ = _across(_vector(delta_smem.at[slot], 1), shape, 1)
-                return score_gradient(p_CQ, dp_CQ, delta_CQ, tanh_CQ).astype(dtype)
-
             def visit(step, q_block, sums, *, make_dk: bool, make_dv: bool):
-                slot, sums = queries.slot(step), list(sums)
-                queries.wait(step)
-                p_CQ, tanh_CQ = probabilities(slot, q_block)
-                cotangents.wait(step)
-                if make_dv:
-                    sums[-1] = _accumulate(sums[-1], p_CQ.astype(dtype), do_smem.at[slot])
-                if make_dk:
-                    ds_CQ = gradient(slot, p_CQ, tanh_CQ)
-                cotangents.release(step)
-                if make_dk:
-                    sums[0] = _accumulate(sums[0], ds_CQ, q_smem.at[slot])
+                slot = queries.slot(step)
+
+                def scores(s_ref, dp_ref=None):
+                    """Probabilities and, given room for them, the gradients of the scores."""
+                    queries.wait(step)
+                    plgpu.wgmma(s_ref, k_tile, q_smem.at[slot].T)
+                    cotangents.wait(step)
+                    if make_dk:
+                        plgpu.wgmma(dp_ref, v_tile, do_smem.at[slot].T)
+                    x_CQ, factor = exponents(
+                        plgpu.wgmma_accumulator_load(s_ref, wait_n=int(make_dk)), static.scale, static.softcap
+                    )
+                    edge = (q_block < full_lo) | (q_block >= full_hi)
+                    k_lo_Q = _vector(k_lo_smem.at[slot], 1)
+                    shown_CQ = _masked(x_CQ, 1, q_block * block_q + offset, k_lo_Q, block * block_k, edge)
+                    p_CQ = jnp.exp2(shown_CQ * factor - _across(_vector(lse_smem.at[slot], 1), shape, 1))
+                    if not make_dk:
+                        return p_CQ.astype(dtype), None
+                    delta_CQ = _across(_vector(delta_smem.at[slot], 1), shape, 1)
+                    ds_CQ = score_gradient(p_CQ, dp_ref[...], delta_CQ, _tanh_of(static, x_CQ))
+                    return p_CQ.astype(dtype), ds_CQ.astype(dtype)
+
+                rooms = [plgpu.ACC(shape, jnp.float32)] * (1 + make_dk)
+                p_CQ, ds_CQ = pl.run_scoped(scores, *rooms)
+                factors = [(ds_CQ, q_smem.at[slot])] * make_dk + [(p_CQ, do_smem.at[slot])] * make_dv
+                sums = _accumulate(sums, factors)
                 queries.release(step)
+                cotangents.release(step)
                 return tuple(sums)
 
             def sweep(**which):

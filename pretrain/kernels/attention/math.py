@@ -15,14 +15,24 @@ LN2 = 0.6931471805599453
 MASKED = -0.7 * 3.4028235e38
 
 
+def exponents(
+    products: Float[Array, "..."], scale: float, softcap: float | None
+) -> tuple[Float[Array, "..."], float]:
+    """x and c such that c·x are the base-2 logits of raw products q·k; with a soft cap x is the tanh.
+
+    Left apart, the factor costs nothing: exp2(c·x - top) is one multiply-add and one exponential.
+    """
+    if softcap is None:
+        return products, scale * LOG2E
+    return jnp.tanh(products * (scale / softcap)), softcap * LOG2E
+
+
 def logits_base2(
     products: Float[Array, "..."], scale: float, softcap: float | None
 ) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
     """Base-2 logits from raw products q·k, and the tanh of the soft cap for the backward pass."""
-    if softcap is None:
-        return products * (scale * LOG2E), None
-    tanh = jnp.tanh(products * (scale / softcap))
-    return tanh * (softcap * LOG2E), tanh
+    x, factor = exponents(products, scale, softcap)
+    return x * factor, None if softcap is None else x
 
 
 def visible(q_pos: Array, k_lo: Array, k_pos: Array) -> Bool[Array, "..."]:
@@ -31,7 +41,10 @@ def visible(q_pos: Array, k_lo: Array, k_pos: Array) -> Bool[Array, "..."]:
 
 
 def score_gradient(
-    p: Float[Array, "..."], dp: Float[Array, "..."], delta: Float[Array, "..."], tanh: Float[Array, "..."] | None
+    p: Float[Array, "..."],
+    dp: Float[Array, "..."],
+    delta: Float[Array, "..."],
+    tanh: Float[Array, "..."] | None,
 ) -> Float[Array, "..."]:
     """d loss / d (q·k) / scale, from probabilities, their cotangent and delta = rowsum(o ∘ do) - dlse."""
     ds = p * (dp - delta)

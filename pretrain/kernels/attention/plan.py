@@ -35,7 +35,9 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise ConfigError(f"window counts the query itself and must be >= 1, got {self.window}; use None for none")
+            raise ConfigError(
+                f"window counts the query itself and must be >= 1, got {self.window}; use None for none"
+            )
         if self.softcap is not None and not self.softcap > 0:
             raise ConfigError(f"softcap must be > 0, got {self.softcap}; use None for none")
         if self.scale is not None and not self.scale > 0:
@@ -52,7 +54,8 @@ class PackPlan:
     """Key and query ranges of a batch of rows, int32; positions are rows of the key sequence.
 
     k_lo_BT: first key that a query may see. q_hi_BS: last query that may see a key. Without `causal`, query t sees
-    keys [k_lo(t), q_hi(t)]: the relation is symmetric. work: work lists made ahead (api.prepare_plan).
+    keys [k_lo(t), q_hi(t)]: the relation is symmetric. work: what the kernels of one implementation make of the plan,
+    made ahead (api.prepare_plan); batch rows lead, so that the parts of several shards concatenate.
     """
 
     k_lo_BT: Array
@@ -80,7 +83,9 @@ class PackPlan:
         return query_positions_BT(q_offset, *self.k_lo_BT.shape)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["lo", "full_lo", "full_hi", "hi"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["lo", "full_lo", "full_hi", "hi"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """Half-open block ranges, int32 [B, blocks]: [lo, hi) holds an allowed pair, [full_lo, full_hi) nothing else.
@@ -225,7 +230,9 @@ def allowed_BTS(plan: PackPlan, q_offset: int | Array, num_keys: int) -> Bool[Ar
     return key_mask_BTS(plan.k_lo_BT, plan.last_keys_BT(q_offset), num_keys)
 
 
-def key_mask_BTS(first_BT: Int[Array, "B T"], last_BT: Int[Array, "B T"], num_keys: int) -> Bool[Array, "B T S"]:
+def key_mask_BTS(
+    first_BT: Int[Array, "B T"], last_BT: Int[Array, "B T"], num_keys: int
+) -> Bool[Array, "B T S"]:
     """True from the first to the last key of each query."""
     k_pos = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
     return (k_pos >= first_BT[:, :, None]) & (k_pos <= last_BT[:, :, None])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pretrain.config import ConfigError
-from pretrain.kernels.attention import api
+from pretrain.kernels.attention import api, hopper
 from pretrain.kernels.attention.api import Problem, attention, choose, prepare_plan
-from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks
-from pretrain.kernels.attention.plan import AttentionSpec, make_plan
+from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks, hopper_blocks
+from pretrain.kernels.attention.plan import AttentionSpec, block_bounds, make_plan
 
 CAUSAL = AttentionSpec()
 ON_TPU = Problem(
@@ -29,9 +29,11 @@ SMALL = TpuBlocks(block_q=8, block_k=8, block_q_dq=8, block_k_dq=8, block_q_dkv=
         (ON_TPU, "pallas_tpu"),
         (dataclasses.replace(ON_TPU, width=80), "xla"),
         (dataclasses.replace(ON_TPU, spec=AttentionSpec(causal=False)), "xla"),
-        (dataclasses.replace(ON_H100, packed=False), "cudnn"),
+        (ON_H100, "pallas_hopper"),
+        (dataclasses.replace(ON_H100, packed=False), "pallas_hopper"),
+        (dataclasses.replace(ON_H100, packed=False, width=96), "cudnn"),
         (dataclasses.replace(ON_H100, packed=False, dtype="float32"), "xla"),
-        (ON_H100, "xla"),
+        (dataclasses.replace(ON_H100, device_kind="NVIDIA A100-SXM4-80GB"), "xla"),
         (ON_CPU, "xla"),
     ],
 )
@@ -81,6 +83,29 @@ def test_a_prepared_plan_changes_no_bit():
     assert len(prepared.work) == 3
     out = [attention(q, q, q, plan=p, impl="tpu_interpret", config=SMALL) for p in (plan, prepared)]
     np.testing.assert_array_equal(*out)
+
+
+def test_a_plan_prepared_for_hopper_holds_the_ranges_of_its_three_kernels():
+    device = jax.sharding.AbstractDevice(device_kind=ON_H100.device_kind, num_cores=1, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=device)
+    plan = make_plan(np.repeat([1, 2], [100, 156])[None], CAUSAL, seq_len=256)
+    blocks, q = hopper_blocks(128, packed=True), array(1, 256, 2, 128, dtype="bfloat16")
+    with jax.sharding.use_abstract_mesh(mesh):
+        (shapes,) = jax.eval_shape(
+            lambda p: prepare_plan(p, q, q, spec=CAUSAL, impl="pallas_hopper"), plan
+        ).work
+    ranges = hopper.tile_ranges(plan, blocks)
+    assert jax.tree.structure(shapes) == jax.tree.structure(ranges)
+    of = {
+        "forward": ("q", blocks.block_q, blocks.block_k),
+        "dq": ("q", blocks.block_q_dq, blocks.block_k_dq),
+        "dkv": ("k", blocks.block_q_dkv, blocks.block_k_dkv),
+    }
+    for name, (side, block_q, block_k) in of.items():
+        wanted = block_bounds(plan, side=side, block_q=block_q, block_k=block_k)
+        assert getattr(shapes, name).shape == getattr(ranges, name).shape
+        for i, field in enumerate(("lo", "full_lo", "full_hi", "hi")):
+            np.testing.assert_array_equal(getattr(ranges, name)[:, i], getattr(wanted, field))
 
 
 def array(*shape, dtype="float32"):

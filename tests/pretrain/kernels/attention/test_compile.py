@@ -53,8 +53,9 @@ def on_tpu(q, k, v, segments, sinks, spec):
 def on_hopper(q, k, v, segments, sinks, spec, warpgroup_semantics):
     plan = make_plan(segments, spec, seq_len=k.shape[1])
     blocks = hopper_blocks(q.shape[3], packed=True)
+    ranges = hopper.tile_ranges(plan, blocks)
     return hopper.hopper_attention(
-        q, k, v, plan, sinks, spec, blocks, q_offset=0, warpgroup_semantics=warpgroup_semantics
+        q, k, v, plan.k_lo_BT, ranges, sinks, spec, q_offset=0, warpgroup_semantics=warpgroup_semantics
     )[0]
 
 

@@ -119,18 +119,14 @@ class Barrier:
 
 
 class Accumulator:
-    """Products are added when the value is read, not when they are asked for."""
+    """A sum in registers. Reading it waits for every product that was asked for."""
 
-    def __init__(self, value):
-        self.value, self.pending = value, []
+    def __init__(self, value, machine):
+        self.value, self.machine = value, machine
         self.shape = value.shape
 
     def __getitem__(self, index):
-        for a, b in self.pending:
-            a, b = (x[...] if isinstance(x, View) else x for x in (a, b))
-            self.value = self.value + a @ b
-        self.pending = []
-        return self.value
+        return self.machine.wgmma_accumulator_load(self)
 
 
 @dataclasses.dataclass
@@ -194,12 +190,13 @@ class Machine:
 
         def warpgroup(index):
             self.local.axes = {**axes, thread_name: index}
-            self.local.writes = []
+            self.local.writes, self.local.products = [], []
             try:
                 # Poison is expected: what it reaches is judged at the end.
                 with np.errstate(all="ignore"):
                     body(*refs, **scratch)
                 assert not self.local.writes, "a block ends before its results are written"
+                assert not self.local.products, "a block ends before its products are waited for"
             except BaseException as error:
                 errors.append(error)
                 with self.lock:
@@ -241,6 +238,23 @@ class Machine:
             target.array[...] = source.array
         self.local.writes = []
 
+    def wgmma(self, acc, a, b):
+        self.local.products.append((acc, a, b))
+
+    def wgmma_wait(self, n):
+        """Products are added in order and no sooner than somebody waits for them."""
+        while len(self.local.products) > n:
+            acc, *factors = self.local.products.pop(0)
+            a, b = (x[...] if isinstance(x, View) else x for x in factors)
+            acc.value = acc.value + a @ b
+
+    def wgmma_accumulator_load(self, acc, wait_n=0):
+        self.wgmma_wait(wait_n)
+        assert all(acc is not other for other, *_ in self.local.products), (
+            "a sum is read before it is complete"
+        )
+        return acc.value
+
     def barrier_arrive(self, barrier):
         time.sleep(self.random.random() * 1e-4)
         barrier.cell.arrive(self.local.axes["warpgroup"])
@@ -252,14 +266,14 @@ class Machine:
         def when(condition):
             return lambda f: f() if bool(condition) else None
 
-        def run_scoped(f, acc):
-            return f(Accumulator(acc.value))
+        def run_scoped(f, *accs):
+            return f(*(Accumulator(acc.value, self) for acc in accs))
 
         def run_state(f):
-            def run(acc):
-                accumulator = Accumulator(acc.value)
-                f(accumulator)
-                return accumulator[...]
+            def run(accs):
+                accumulators = tuple(Accumulator(acc.value, self) for acc in accs)
+                f(accumulators)
+                return tuple(accumulator[...] for accumulator in accumulators)
 
             return run
 
@@ -281,7 +295,9 @@ class Machine:
             broadcasted_iota=lambda dtype, shape, dim, layout: np.indices(shape, dtype)[dim],
             set_max_registers=lambda number, action: None,
             commit_smem=lambda: None,
-            wgmma=lambda acc, a, b: acc.pending.append((a, b)),
+            wgmma=self.wgmma,
+            wgmma_wait=self.wgmma_wait,
+            wgmma_accumulator_load=self.wgmma_accumulator_load,
             copy_gmem_to_smem=self.copy_gmem_to_smem,
             copy_smem_to_gmem=self.copy_smem_to_gmem,
             wait_smem_to_gmem=self.wait_smem_to_gmem,
@@ -292,6 +308,7 @@ class Machine:
             axis_index=self.axis_index,
             fori_loop=fori_loop,
             cond=lambda condition, yes, no, *x: yes(*x) if bool(condition) else no(*x),
+            optimization_barrier=lambda x: x,
             rem=np.remainder,
             div=np.floor_divide,
             broadcast_in_dim=lambda x, shape, dims: np.broadcast_to(
@@ -324,8 +341,9 @@ def blocks_of(block_q=64, block_k=64, stages=2):
 
 def run(monkeypatch, q, k, v, do, dlse, sinks, segments, spec, blocks, q_offset=0, seed=0):
     """Outputs and gradients by name, computed by the bodies of the kernels."""
-    Machine(seed).install(monkeypatch)
     plan = make_plan(segments, spec, seq_len=k.shape[1]).rows(q_offset, q.shape[1])
+    ranges = hopper.tile_ranges(plan, blocks, q_offset)
+    Machine(seed).install(monkeypatch)
     with monkeypatch.context() as patch:
         # The derivative rule is called by hand: the emulator needs values, not tracers.
         saved = []
@@ -336,7 +354,7 @@ def run(monkeypatch, q, k, v, do, dlse, sinks, segments, spec, blocks, q_offset=
             return out
 
         patch.setattr(hopper, "_attention", forward)
-        o, lse = hopper.hopper_attention(q, k, v, plan, sinks, spec, blocks, q_offset=q_offset)
+        o, lse = hopper.hopper_attention(q, k, v, plan.k_lo_BT, ranges, sinks, spec, q_offset=q_offset)
     static, residuals = saved[0]
     dq, dk, dv, dsinks, *_ = hopper._attention_bwd(static, residuals, (do, dlse * hopper.LN2))
     return {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dsinks": dsinks}
