@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pretrain.config import ConfigError, local
-from pretrain.kernels.attention.api import AttentionSpec, attention
+from pretrain.kernels.attention.api import AttentionSpec, attention, prepare_plan
 from pretrain.kernels.attention.plan import PackPlan, make_plan
 from pretrain.model.adapters import ADAPTERS, AdapterConfig, adapter_spec, add_adapters, merged
 from pretrain.model.layers import (
@@ -362,7 +362,7 @@ def attend(
 
     q_spec = activation_spec(("batch", "time", "heads", None), q_BTNH.shape)
     kv_spec = activation_spec(("batch", "time", "kv_heads", None), k_BTKH.shape)
-    plan_spec = jax.tree.map(lambda x: activation_spec(("batch", None), x.shape), plan)
+    plan_spec = jax.sharding.PartitionSpec(q_spec[0])  # the batch leads in all of it
     # Interpreted kernels mix what varies over an axis with what does not; compiled ones are opaque.
     mapped = jax.shard_map(
         local,
@@ -394,15 +394,36 @@ def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
     return _remat(config, run)
 
 
-def _plan(segment_ids_BT: jax.Array | None, spec: AttentionSpec, shape: tuple[int, int]) -> PackPlan:
-    """The packing plan of whole rows, made once a batch, replicated over context (it is small)."""
+def _plan(
+    segment_ids_BT: jax.Array | None, config: ModelConfig, kind: LayerKind, shape: tuple[int, int], impl: str
+) -> PackPlan:
+    """The packing plan of whole rows and the block ranges of it, made once a batch and not in every layer.
+
+    It is small and replicated over context, where each device has queries of its own and makes its own ranges.
+    """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones(shape, jnp.int32)
+    spec, mesh = config.spec(kind), current_mesh()
+    num_tensor = 1 if mesh is None else mesh.shape["tensor"]
+
+    def make(segment_ids_BT: jax.Array) -> PackPlan:
+        plan = make_plan(segment_ids_BT, spec, seq_len=shape[1])
+        if mesh is not None and mesh.shape["context"] > 1:
+            return plan
+        q, k = (
+            jax.ShapeDtypeStruct(
+                (*segment_ids_BT.shape, max(1, heads // num_tensor), config.head_width),
+                jnp.dtype(config.dtype),
+            )
+            for heads in (config.num_heads, config.num_kv_heads)
+        )
+        return prepare_plan(plan, q, k, spec=spec, impl=impl)
+
     rows = activation_spec(("batch", None), shape)
-    make = functools.partial(make_plan, spec=spec, seq_len=shape[1])
     if rows is None:
         return make(segment_ids_BT)
-    return jax.shard_map(make, in_specs=rows, out_specs=rows)(place(segment_ids_BT, ("batch", None)))
+    batch = jax.sharding.PartitionSpec(rows[0])
+    return jax.shard_map(make, in_specs=batch, out_specs=batch)(place(segment_ids_BT, ("batch", None)))
 
 
 def _run_blocks(
@@ -415,7 +436,7 @@ def _run_blocks(
 ) -> tuple[jax.Array, RouterSums | None]:
     """The residual stream after all layers, and the sums of their routers, layers first."""
     pattern = config.layer_pattern
-    plan_of = {kind.window: _plan(segment_ids_BT, config.spec(kind), x_BTD.shape[:2]) for kind in pattern}
+    plan_of = {kind.window: _plan(segment_ids_BT, config, kind, x_BTD.shape[:2], impl) for kind in pattern}
     tables_of = {
         kind.rope: kind.rope.tables(positions_BT, config.head_width, positions_BT.shape[1])
         for kind in pattern
