@@ -51,6 +51,12 @@ def mgpu_kernel(
     )
 
 
+def mgpu_load(ref: Any, layout: Any) -> Any:
+    """All of a reference as an array in `layout`. The index went in 0.11 and was refused in 0.12; not needed from there on."""
+    whole = ((),) if VERSION < (0, 11) else ()
+    return plgpu.load(ref, *whole, layout=layout)
+
+
 def tpu_mesh(topology: str) -> Mesh:
     """One device of a TPU topology such as "v5e:2x2" that is not here, to compile for; needs libtpu."""
     return _one_device(topologies.get_topology_desc(topology_name=topology, platform="tpu"))

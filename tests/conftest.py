@@ -33,8 +33,9 @@ ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = (
         "a killed process left a part of an entry",
     ),
     (
-        "ignore:coroutine '_async_serialize_shardings' was never awaited:RuntimeWarning",
-        "Orbax leaves it behind when a save fails, as tests that fill the disk make it",
+        "ignore:coroutine '(cancellable|_async_serialize_shardings|BasePyTreeCheckpointHandler._write_metadata_after_commits)' "
+        "was never awaited:RuntimeWarning",
+        "Orbax leaves them behind when a save fails, as tests that fill the disk make it",
     ),
 )
 

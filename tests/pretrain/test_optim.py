@@ -277,7 +277,7 @@ def test_matrices_in_pieces_are_orthogonalized_as_whole_ones(mesh):
     pieces = OnMesh(jax.jit(all_matrices), make_mesh(mesh))(jax.device_put(x, shardings))
     split = 0
     for name in of_role("matrix", params=params):
-        np.testing.assert_allclose(named(pieces)[name], named(whole)[name], rtol=0, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(named(pieces)[name], named(whole)[name], rtol=0, atol=1e-5, err_msg=name)
     for leaf, layout in zip(jax.tree.leaves(pieces), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
         split += len({str(shard.index) for shard in leaf.addressable_shards}) == 8

@@ -177,7 +177,7 @@ def _across(x, shape, dim: int):
 
 def _vector(ref, dim: int):
     """A row of shared memory as a vector along dimension `dim` of a tile in registers."""
-    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - dim))
+    return compat.mgpu_load(ref, plgpu.Layout.WGMMA.reduce(1 - dim))
 
 
 def _positions(shape, dim: int, start):

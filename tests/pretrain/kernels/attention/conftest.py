@@ -88,6 +88,7 @@ def quick():
     """jit for kernels in interpret mode: compiling is nearly all they cost, so hardly optimize."""
     import jax
 
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True,
-               "xla_cpu_use_fusion_emitters": False}  # fmt: skip
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    if jax.__version_info__ < (0, 12):  # from there on there is no such choice
+        options["xla_cpu_use_fusion_emitters"] = False
     return lambda f, **kwargs: jax.jit(f, compiler_options=options, **kwargs)
