@@ -34,6 +34,7 @@ from pretrain.model.layers import (
     look_up,
 )
 from pretrain.model.moe import Experts, MoeConfig, RouterSums
+from pretrain.model.ring import ring_attention
 from pretrain.sharding import activation_spec, current_mesh, place, shardings_of, use_weight
 
 Params = dict[str, Any]
@@ -77,6 +78,8 @@ class ModelConfig:
     base_width: int | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention_impl: str = local("auto")
+    # Over the context axis: keys of the whole row on every device, or one block at a time (ring.py).
+    context_attention: Literal["gather", "ring"] = local("gather")
     scan_layers: bool = local(True)
     # What the backward pass finds in memory: inputs of layers; attention results too; both, but in the memory of the
     # host; everything.
@@ -89,8 +92,7 @@ class ModelConfig:
                 faults.append(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
             faults.append(
-                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
-                f"{self.num_kv_heads}"
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
         if self.head_width % 2:
             faults.append(f"head_width must be even for rotary embedding, got {self.head_width}")
@@ -100,11 +102,10 @@ class ModelConfig:
             ("activation", ("silu", "gelu_tanh")),
             ("dtype", ("float32", "bfloat16")),
             ("remat", ("full", "save_attention", "offload", "none")),
+            ("context_attention", ("gather", "ring")),
         ):
             if getattr(self, name) not in allowed:
-                faults.append(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+                faults.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if faults:
             raise ConfigError(*faults)
 
@@ -323,8 +324,9 @@ def attend(
     plan: PackPlan,
     spec: AttentionSpec,
     impl: str,
+    ring: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Attention of a whole row on the mesh in scope: heads over tensor, keys gathered over context.
+    """Attention of a whole row on the mesh in scope: heads over tensor, keys gathered over context or in a ring.
 
     `plan` covers the whole row on every device of a context group. It runs in `shard_map`, because kernels are
     opaque to the partitioner; the transpose of the gather reduce-scatters the gradients of keys and values.
@@ -356,8 +358,11 @@ def attend(
     def local(q: jax.Array, k: jax.Array, v: jax.Array, plan: PackPlan) -> jax.Array:
         if context is None:
             return attention(q, k, v, plan=plan, spec=spec, impl=impl)
-        k, v = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v))
         q_offset = jax.lax.axis_index(context) * q.shape[1]
+        if ring:
+            k_lo_BT = plan.rows(q_offset, q.shape[1]).k_lo_BT
+            return ring_attention(q, k, v, k_lo_BT, context, mesh.shape[context], spec)
+        k, v = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v))
         return attention(q, k, v, plan=plan, spec=spec, impl=impl, q_offset=q_offset)
 
     q_spec = activation_spec(("batch", "time", "heads", None), q_BTNH.shape)
@@ -389,7 +394,11 @@ def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
     ) -> tuple[jax.Array, RouterSums | None]:
         block = nnx.merge(definition, merged(layer))
         x_BTD = checkpoint_name(x_BTD, "layer_in")
-        return block.with_router(x_BTD, tables, lambda q, k, v: attend(q, k, v, plan, spec, impl), real_BT)
+
+        def attend_to(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attend(q, k, v, plan, spec, impl, ring=config.context_attention == "ring")
+
+        return block.with_router(x_BTD, tables, attend_to, real_BT)
 
     return _remat(config, run)
 
@@ -529,7 +538,9 @@ def logits(hidden_BTD: Float[Array, "B T D"], params: Params, config: ModelConfi
     """All logits in float32, soft cap applied; for sampling and tests, it allocates [B, T, V]."""
     head = use_weight(head_DV(params, config), ("embed", "vocab"), hidden_BTD.dtype)
     hidden_BTD = place(hidden_BTD, ("batch", None, None))
-    return soft_capped(jnp.einsum("btd,dv->btv", hidden_BTD, head, preferred_element_type=jnp.float32), config)
+    return soft_capped(
+        jnp.einsum("btd,dv->btv", hidden_BTD, head, preferred_element_type=jnp.float32), config
+    )
 
 
 def soft_capped(logits_BTV: Float[Array, "B T V"], config: ModelConfig) -> Float[Array, "B T V"]:
