@@ -7,6 +7,8 @@ import pytest
 
 from synth.main import main
 
+pytestmark = pytest.mark.slow
+
 SMOKE = str(Path(__file__).parents[2] / "configs/synth/entigraph_worlds_smoke.py")
 
 

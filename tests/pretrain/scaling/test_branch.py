@@ -12,6 +12,8 @@ from pretrain.optim import Constant, WarmupCosine, Wsd
 from pretrain.scaling.plan import Shape, branches, make_cell, plan_cells, stable_steps
 from pretrain.train import train
 
+pytestmark = pytest.mark.slow
+
 SMOKE = load_config(Path(__file__).parents[3] / "configs/scaling/smoke.py")
 MODEL = Shape(width=8, num_layers=1).model(SMOKE.train.model)
 STEP = stable_steps(SMOKE.train.optim.schedule, 10)

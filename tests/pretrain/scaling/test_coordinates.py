@@ -30,6 +30,7 @@ def optim(method):
     return OptimConfig(method=method, peak_lr=2e-2, schedule=Constant(), weight_decay=0.0)
 
 
+@pytest.mark.slow
 def test_the_last_activation_is_what_forward_makes_of_it():
     """The unrolled blocks here and the scanned ones of the model are one function."""
     small = dataclasses.replace(MODEL, width=32, num_heads=2, num_kv_heads=2, hidden_width=64)
