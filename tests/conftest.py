@@ -33,8 +33,8 @@ ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = (
         "a killed process left a part of an entry",
     ),
     (
-        "ignore:coroutine '(cancellable|_async_serialize_shardings|BasePyTreeCheckpointHandler._write_metadata_after_commits)' "
-        "was never awaited:RuntimeWarning",
+        "ignore:coroutine '(.*CheckpointHandler.*|cancellable|_async_serialize_shardings|_create_paths|_save_fn"
+        "|_serialize_without_dispatcher)' was never awaited:RuntimeWarning",
         "Orbax leaves them behind when a save fails, as tests that fill the disk make it",
     ),
 )
