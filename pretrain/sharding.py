@@ -179,6 +179,19 @@ def use_weight(weight: jax.Array, dims: Dims, dtype: Any) -> jax.Array:
     return place(weight.astype(dtype), dims)
 
 
+def use_local_weight(weight: jax.Array, resting: PartitionSpec, used: PartitionSpec) -> jax.Array:
+    """`use_weight` inside `shard_map`: gather what `resting` splits and `used` does not.
+
+    Here the transpose is a reduce-scatter by construction.
+    """
+    for dim, (at_rest, in_use) in enumerate(zip(resting, used, strict=True)):
+        assert set(axis_names(in_use)) <= set(axis_names(at_rest)), (resting, used)
+        axes = tuple(axis for axis in axis_names(at_rest) if axis not in axis_names(in_use))
+        if axes:
+            weight = jax.lax.all_gather(weight, axes, axis=dim, tiled=True)
+    return weight
+
+
 def shardings_of(dims_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
     """NamedShardings of parameters from trees of dims and of shaped values (same structure)."""
 

@@ -21,7 +21,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pretrain.config import ConfigError
 from pretrain.model.layers import activate, linear, normal_param
-from pretrain.sharding import ACTIVATION_RULES, Dims, partition_spec, place, use_weight
+from pretrain.sharding import (
+    ACTIVATION_RULES,
+    Dims,
+    partition_spec,
+    place,
+    use_local_weight,
+    use_weight,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +136,7 @@ class Experts(nnx.Module):
         router = use_weight(self.router[...], ("embed", None), jnp.float32)
         logits_BTE = linear(x_BTD.astype(jnp.float32), router, ("batch", "time", None))
         choice_BTk, weight_BTk, sums = route(logits_BTE, self.router_bias[...], real_BT, self.config)
-        gate_up = use_weight(self.expert_gate_up[...], ("experts", None, None, "mlp"), self.dtype)
-        down = use_weight(self.expert_down[...], ("experts", "mlp", None), self.dtype)
+        gate_up, down = (w[...].astype(self.dtype) for w in (self.expert_gate_up, self.expert_down))
         out = run_experts(x_BTD, choice_BTk, weight_BTk, gate_up, down, self.activation)
         return out, sums
 
@@ -176,7 +182,7 @@ def run_experts(
     down_EFD: Float[Array, "E F D"],
     activation: str,
 ) -> Float[Array, "B T D"]:
-    """Weighted sums of the chosen experts' outputs on the mesh in scope; weights come in their compute layout.
+    """Weighted sums of the chosen experts' outputs on the mesh in scope; weights come in their resting layout.
 
     Memory holds A = B T k rows of every width on each device, times the expert axis: the price of dropping nothing.
     """
@@ -188,9 +194,22 @@ def run_experts(
     experts = "expert" if mesh.shape["expert"] > 1 else None
     tensor = "tensor" if mesh.shape["tensor"] > 1 else None
 
+    def layout(dims: Dims, a: jax.Array) -> PartitionSpec:
+        return partition_spec(dims, a.shape, ACTIVATION_RULES, mesh)
+
+    tokens = [layout(("batch", "time", None), a) for a in (x_BTD, choice_BTk, weight_BTk)]
+    resting = [jax.typeof(w).sharding.spec for w in (gate_up_ED2F, down_EFD)]
+    used = (
+        layout(("experts", None, None, "mlp"), gate_up_ED2F),
+        layout(("experts", "mlp", None), down_EFD),
+    )
+
     def local(
         x: jax.Array, choice: jax.Array, weight: jax.Array, gate_up: jax.Array, down: jax.Array
     ) -> jax.Array:
+        gate_up, down = (
+            use_local_weight(w, *specs) for w, *specs in zip((gate_up, down), resting, used, strict=True)
+        )
         first = 0
         if experts is not None:
             x, choice, weight = (
@@ -204,15 +223,7 @@ def run_experts(
             out = jax.lax.psum_scatter(out, experts, scatter_dimension=0, tiled=True)
         return out
 
-    def layout(dims: Dims, a: jax.Array) -> PartitionSpec:
-        return partition_spec(dims, a.shape, ACTIVATION_RULES, mesh)
-
-    tokens = [layout(("batch", "time", None), a) for a in (x_BTD, choice_BTk, weight_BTk)]
-    weights = (
-        layout(("experts", None, None, "mlp"), gate_up_ED2F),
-        layout(("experts", "mlp", None), down_EFD),
-    )
-    return jax.shard_map(local, in_specs=(*tokens, *weights), out_specs=tokens[0])(
+    return jax.shard_map(local, in_specs=(*tokens, *resting), out_specs=tokens[0])(
         x_BTD, choice_BTk, weight_BTk, gate_up_ED2F, down_EFD
     )
 
