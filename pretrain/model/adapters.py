@@ -6,7 +6,8 @@ the frozen model, bit for bit. The paper's factor alpha / r is left out, since u
 another name (its section 4.1).
 
 What is saved: gradients, moments and accumulators exist for A and B alone. What is not: W + A B is made for a layer
-at a time, so a step computes as much as full training does.
+at a time, so a step computes as much as full training does, and without `remat` the backward pass finds the sums of
+all layers in memory.
 
 Letters as in layers.py, and R the rank.
 """
