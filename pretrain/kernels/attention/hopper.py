@@ -111,9 +111,10 @@ def _attention(static, q, k, v, sinks, rows, bounds):
 def _attention_fwd(static, q, k, v, sinks, rows, bounds):
     o, lse2 = _forward(static, q, k, v, sinks, rows, bounds[0])
     # Named so that a remat policy can keep them and the backward pass needs no second forward.
-    # The barrier keeps XLA from fusing the kernel with the write into the scan's stack of residuals: it would run one
-    # copy for that and another for what reads the output (128 runs of 64 layers, seen on an H200).
-    o, lse2 = lax.optimization_barrier((checkpoint_name(o, "attn_out"), checkpoint_name(lse2, "attn_lse")))
+    # On GPUs XLA's dynamic slice fusion runs the kernel twice where a scan keeps these, once for the stack of residuals
+    # and once for what reads them (seen on an H200, an optimization barrier does not prevent it):
+    # --xla_gpu_enable_dynamic_slice_fusion=false does.
+    o, lse2 = checkpoint_name(o, "attn_out"), checkpoint_name(lse2, "attn_lse")
     return (o, lse2), (q, k, v, sinks, rows, bounds, o, lse2)
 
 
