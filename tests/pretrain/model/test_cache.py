@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.config import ConfigError
 from pretrain.model.cache import CacheConfig, copy_row, decoding_params, empty_cache, extend, next_logits
-from pretrain.model.layers import Rope
+from pretrain.model.layers import Rope, linear, linear_by_columns
 from pretrain.model.moe import MoeConfig
 from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params, forward, logits
 from pretrain.sharding import MeshConfig, make_mesh
@@ -161,3 +161,14 @@ def test_heads_that_the_tensor_axis_cannot_split_are_refused():
     mesh = make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2])
     with jax.set_mesh(mesh), pytest.raises(ConfigError, match="num_kv_heads and mesh.tensor"):
         caches(config, 1)
+
+
+@pytest.mark.parametrize("rows", [3, 65])
+def test_matrices_with_their_outputs_first_give_the_same_products(rows):
+    """Few rows are multiplied as columns, many as rows."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, rows, 4, 6)).astype(np.float32)
+    weight = rng.normal(size=(4, 6, 5, 3)).astype(np.float32)
+    dims = ("batch", "time", None, None)
+    turned = linear_by_columns(x, weight.transpose(2, 3, 0, 1), dims)
+    np.testing.assert_allclose(turned, linear(x, weight, dims), atol=1e-4)
