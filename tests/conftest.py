@@ -33,8 +33,7 @@ ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = (
         "a killed process left a part of an entry",
     ),
     (
-        "ignore:coroutine '(.*CheckpointHandler.*|cancellable|_async_serialize_shardings|_create_paths|_save_fn"
-        "|_serialize_without_dispatcher)' was never awaited:RuntimeWarning",
+        "ignore:coroutine '.*(CheckpointHandler|cancellable|serialize|_create_paths|_save_fn).*' was never awaited:RuntimeWarning",
         "Orbax leaves them behind when a save fails, as tests that fill the disk make it",
     ),
 )

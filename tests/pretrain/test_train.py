@@ -133,6 +133,7 @@ def test_sigterm_in_the_middle_of_steps_saves_and_the_same_command_goes_on(tmp_p
     assert len(losses[0]) == last
 
 
+@pytest.mark.slow
 def test_the_lines_of_a_model_with_experts_say_how_they_are_used(tmp_path):
     config = apply_overrides(load_config(SMOKE), [*TINY, f"run.workdir={tmp_path}", "run.num_steps=2"])
     experts = MoeConfig(num_experts=4, num_active=2)
@@ -145,6 +146,7 @@ def test_the_lines_of_a_model_with_experts_say_how_they_are_used(tmp_path):
         assert line["router_z"] > 0
 
 
+@pytest.mark.slow
 def test_another_number_of_microbatches_may_finish_a_run(tmp_path):
     """As another mesh may: the loss agrees up to rounding."""
     path = ["--config", SMOKE, *TINY, "run.num_steps=4", "data.batch_rows=16"]

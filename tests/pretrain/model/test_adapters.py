@@ -144,6 +144,7 @@ def test_gradients_follow_from_those_of_the_whole_matrix():
         np.testing.assert_allclose(found["b"], np.einsum(d_b, ab["a"], d_w), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mesh_moves_them_as_one_device_does():
     optim = OptimConfig(method=AdamWConfig(), peak_lr=1e-2, schedule=Constant())
 

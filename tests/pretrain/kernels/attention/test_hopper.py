@@ -291,7 +291,6 @@ class Machine:
             TilingTransform=lambda shape: shape,
             SwizzleTransform=lambda width: width,
             layout_cast=lambda x, layout: x,
-            load=lambda ref, index, layout: ref[...],
             broadcasted_iota=lambda dtype, shape, dim, layout: np.indices(shape, dtype)[dim],
             set_max_registers=lambda number, action: None,
             commit_smem=lambda: None,
@@ -322,6 +321,7 @@ class Machine:
         monkeypatch.setattr(hopper, "lax", fake_lax)
         monkeypatch.setattr(hopper, "pl", fake_pl)
         monkeypatch.setattr(hopper.compat, "mgpu_kernel", self.kernel)
+        monkeypatch.setattr(hopper.compat, "mgpu_load", lambda ref, layout: ref[...])
 
 
 def _poison(shape, dtype):

@@ -72,8 +72,10 @@ def primitives(jaxpr, inside=False):
             continue
         if inside:
             found.add(name)
-        for part in jax.core.jaxprs_in_params(eqn.params):
-            found |= primitives(getattr(part, "jaxpr", part), inside or name == "scan")
+        for part in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                found |= primitives(part, inside or name == "scan")
     return found
 
 
