@@ -3,6 +3,7 @@
 Command: python -m pretrain.main --config configs/pretrain/moe_8x1b.py data.root=FOLDER distributed.cluster=tpu
 Plan it: python -m pretrain.aot --config configs/pretrain/moe_8x1b.py aot.topology=v5e:16x16
 Loads are balanced by bias (arXiv 2408.15664), no token is dropped.
+The plan (jax 0.10.2, libtpu 0.0.42.1): 12.2 of 15.75 GiB a chip, a step between 0.70 and 1.18 s by the data sheets.
 Not run yet on the hardware it is meant for.
 """
 
