@@ -252,7 +252,9 @@ def _ring_barriers(name: str, stages: int, copies: int = 1) -> dict[str, plgpu.B
 
 def _range(bounds_ref, row, block):
     """(lo, full_lo, full_hi, hi) of one outer block."""
-    return tuple(bounds_ref[row, i, block] for i in range(4))
+    # Inside shard_map what is read varies over mesh axes and nothing else in a kernel does: a sum forgets them, as the
+    # bounds of a loop must.
+    return tuple(bounds_ref[row, i, block] + 0 for i in range(4))
 
 
 def _each(start, stop, body) -> None:

@@ -79,17 +79,32 @@ def primitives(jaxpr, inside=False):
     return found
 
 
+def absent(impl, **axes):
+    """A mesh of devices that are not here, of the kind that `impl` runs on."""
+    sizes = MeshConfig(**{"fsdp": 1, **axes})
+    platform, kind = {
+        "pallas_hopper": ("cuda", "NVIDIA H100 80GB HBM3"),
+        "pallas_tpu": ("tpu", "TPU v5"),
+        "tpu_interpret": ("cpu", "cpu"),
+    }[impl]
+    names = ("replica", "fsdp", "context", "tensor", "expert")
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh(
+            tuple(getattr(sizes, name) for name in names),
+            names,
+            (jax.sharding.AxisType.Explicit,) * 5,
+            abstract_device=device,
+        )
+    )
+
+
 @pytest.mark.parametrize("impl", ["tpu_interpret", "pallas_hopper"])
 def test_one_plan_serves_all_layers(impl):
     """What depends on the packing alone is computed before the layers, not in each of them."""
     model = model_of(impl, head_width=64, dtype="bfloat16")
-    kind = "NVIDIA H100 80GB HBM3" if impl == "pallas_hopper" else "cpu"
-    device = jax.sharding.AbstractDevice(
-        device_kind=kind, num_cores=1, platform="cuda" if impl == "pallas_hopper" else "cpu"
-    )
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=device)
     ids, params = jax.ShapeDtypeStruct((2, 256), np.int32), abstract_params(model, VOCAB)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with absent(impl):
         traced = jax.jit(functools.partial(forward, config=model)).trace(
             params, tokens_BT=ids, positions_BT=ids, segment_ids_BT=ids
         )
@@ -97,3 +112,28 @@ def test_one_plan_serves_all_layers(impl):
     assert "dot_general" in in_layers
     # Ranges of blocks are minima and maxima over blocks, lists of them are running sums.
     assert not {"cumsum", "cummax", "cummin", "reduce_min", "argsort", "sort"} & in_layers
+
+
+@pytest.mark.parametrize(
+    ("impl", "axes"),
+    [
+        ("pallas_hopper", {"fsdp": 2, "tensor": 2}),
+        ("pallas_hopper", {"fsdp": 2, "context": 2}),
+        ("pallas_tpu", {"fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_layers_lower_on_a_mesh(impl, axes):
+    """Every device makes the ranges of its rows (over context: of its queries), and its kernels take them."""
+    model = model_of(impl, head_width=64, dtype="bfloat16")
+    ids, params = jax.ShapeDtypeStruct((4, 256), np.int32), abstract_params(model, VOCAB)
+
+    def loss(params, ids):
+        return forward(params, model, ids, ids, ids).astype(np.float32).sum()
+
+    with absent(impl, **axes):
+        traced = jax.jit(jax.grad(loss)).trace(params, ids)
+        text = traced.lower(lowering_platforms=("cuda" if impl == "pallas_hopper" else "tpu",)).as_text()
+    assert (
+        text.count("custom_call @mosaic_gpu" if impl == "pallas_hopper" else "custom_call @tpu_custom_call")
+        == 3
+    )
