@@ -57,19 +57,18 @@ MESHES = {
     "fsdp2-expert4": MeshConfig(fsdp=2, expert=4),
     "tensor8": MeshConfig(fsdp=1, tensor=8),
 }
+COUNTED = [(model, mesh) for model in ("dense", "experts") for mesh in MESHES]
 # A tied table differs at the lookup and at the head alone, a ring in the attention over context.
-NAMES = [
-    *((model, mesh) for model in ("dense", "experts") for mesh in MESHES),
-    ("tied", "fsdp4-tensor2"),
-    ("tied", "tensor8"),
-    ("ring", "fsdp2-context4"),
-]
+NAMES = [*COUNTED, ("tied", "fsdp4-tensor2"), ("tied", "tensor8"), ("ring", "fsdp2-context4")]
 # Compiling them all takes minutes; one of them guards the default suite.
 DEFAULT = ("dense", "fsdp4-tensor2")
-PAIRS = [
-    pytest.param(*names, id="-".join(names), marks=() if names == DEFAULT else pytest.mark.slow)
-    for names in NAMES
-]
+
+
+def pairs(names):
+    return [
+        pytest.param(*pair, id="-".join(pair), marks=() if pair == DEFAULT else pytest.mark.slow)
+        for pair in names
+    ]
 
 
 def packed_batch() -> Batch:
@@ -156,7 +155,7 @@ def outputs(model_name: str, mesh_name: str | None):
     return program(model_name, mesh_name)(packed_batch())
 
 
-@pytest.mark.parametrize(("model", "mesh"), PAIRS)
+@pytest.mark.parametrize(("model", "mesh"), pairs(NAMES))
 def test_any_mesh_gives_the_loss_and_gradients_of_one_device(model, mesh):
     expected, got = outputs("dense" if model == "ring" else model, None), outputs(model, mesh)
     assert got[0] == pytest.approx(expected[0], rel=1e-5)
@@ -166,7 +165,7 @@ def test_any_mesh_gives_the_loss_and_gradients_of_one_device(model, mesh):
         np.testing.assert_allclose(g, e, rtol=0, atol=1e-5 * max(np.abs(e).max(), 1e-3), err_msg=str(path))
 
 
-@pytest.mark.parametrize(("model", "mesh"), PAIRS)
+@pytest.mark.parametrize(("model", "mesh"), pairs(NAMES))
 def test_a_changed_document_changes_no_other_on_any_mesh(model, mesh):
     batch = packed_batch()
     tokens = batch.tokens_BT1.copy()
@@ -207,7 +206,7 @@ def bound_of(model: str, mesh: str) -> dict[str, dict[str, int]]:
     return golden[JAX_MINOR][f"{model}-{mesh}"]
 
 
-@pytest.mark.parametrize(("model", "mesh"), PAIRS)
+@pytest.mark.parametrize(("model", "mesh"), pairs(COUNTED))
 def test_a_layer_has_no_more_collectives_than_the_golden_file_says(model, mesh):
     """A layer forward and backward, recomputation included."""
     assert not excess(counted(program(model, mesh)), bound_of(model, mesh))
@@ -241,5 +240,5 @@ def test_a_mesh_that_does_not_multiply_is_one_clear_line():
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     stored = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    stored[JAX_MINOR] = {"-".join(names): counted(program(*names)) for names in NAMES}
+    stored[JAX_MINOR] = {"-".join(names): counted(program(*names)) for names in COUNTED}
     GOLDEN.write_text(json.dumps(stored, indent=1) + "\n")
