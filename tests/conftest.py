@@ -14,9 +14,11 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Eight devices share one pool of threads; two programs with collectives in flight must both find room in it.
 os.environ.setdefault("PJRT_NPROC", "32")
-# Many tests start the same small program anew, in this process or another: it is compiled once.
-_COMPILED = tempfile.mkdtemp(prefix="compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+# Many tests start the same small program anew, in this process or another: it is compiled once. Workers share what
+# the process that started them made.
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not _IS_WORKER:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -70,7 +72,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(_COMPILED, ignore_errors=True)
+    if not _IS_WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -64,6 +64,7 @@ def test_stopping_and_going_on_equals_the_uninterrupted_run(uninterrupted, tmp_p
     assert summary["val_bits_per_byte"] == wanted["val_bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_stopping_at_every_step_of_a_short_run_changes_no_bit(tmp_path):
     """Every call goes on from the checkpoint of the one before; parameters, moments and windows are compared by hash."""
     short = (
