@@ -49,7 +49,13 @@ _CHILD_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _TPU_TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e|tpu7x):\d+x\d+(x\d+)?")
-_EXCESS = re.compile(r"Used ([\d.]+)([KMGT])? of ([\d.]+)([KMGT])? hbm", re.IGNORECASE)
+# What the compiler says of a program that does not fit: at the end all of it, or its temporaries alone before that.
+_EXCESS = re.compile(
+    r"Used (?P<used>[\d.]+)(?P<used_unit>[KMGT])? of (?P<there>[\d.]+)(?P<there_unit>[KMGT])? hbm"
+    r"|HLO temporaries \((?P<temporary>[\d.]+)(?P<temporary_unit>[KMGT])?\) exceeds available HBM "
+    r"\((?P<available>[\d.]+)(?P<available_unit>[KMGT])?\)",
+    re.IGNORECASE,
+)
 _UNITS = {None: 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -195,7 +201,7 @@ def compile_step(config: TrainConfig, aot: AotConfig) -> dict[str, Any]:
         "flops": _flops(config, vocab_size, executed, mesh.size),
     }
     sizes = _resident_bytes(state, batch)
-    compiled, excess = _compile(step.lower(state, batch))
+    compiled, excess = _compile(step.lower(state, batch), sum(sizes.values()))
     report["compile_s"] = round(time.perf_counter() - began - trace_s, 1)
     if compiled is None:
         assert excess is not None
@@ -275,16 +281,30 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     )
 
 
-def _compile(lowered: Any) -> tuple[Any | None, tuple[float, float] | None]:
+def _compile(lowered: Any, resident_bytes: float) -> tuple[Any | None, tuple[float, float] | None]:
     """The compiled step, or the bytes it would use and those there are."""
     try:
         return lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
-        found = _EXCESS.search(str(error))
-        if found is None:
+        excess = excess_bytes(str(error), resident_bytes)
+        if excess is None:
             raise
-        used, used_unit, capacity, capacity_unit = found.groups()
-        return None, (float(used) * _UNITS[used_unit], float(capacity) * _UNITS[capacity_unit])
+        return None, excess
+
+
+def excess_bytes(text: str, resident_bytes: float) -> tuple[float, float] | None:
+    """Bytes used and there, from the compiler's words; None when they are about something else."""
+    found = _EXCESS.search(text)
+    if found is None:
+        return None
+
+    def size(name: str) -> float:
+        unit = found[f"{name}_unit"]
+        return float(found[name]) * _UNITS[unit and unit.upper()]
+
+    if found["used"] is not None:
+        return size("used"), size("there")
+    return resident_bytes + size("temporary"), size("available")
 
 
 # --- the report --------------------------------------------------------------------------------------
