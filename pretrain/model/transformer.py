@@ -367,6 +367,7 @@ def attend(
 
     q_spec = activation_spec(("batch", "time", "heads", None), q_BTNH.shape)
     kv_spec = activation_spec(("batch", "time", "kv_heads", None), k_BTKH.shape)
+    assert q_spec is not None  # there is a mesh
     plan_spec = jax.sharding.PartitionSpec(q_spec[0])  # the batch leads in all of it
     # Interpreted kernels mix what varies over an axis with what does not; compiled ones are opaque.
     mapped = jax.shard_map(

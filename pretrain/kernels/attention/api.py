@@ -60,8 +60,8 @@ class Problem:
 
     @property
     def decoding(self) -> bool:
-        """A few queries against a longer cache."""
-        return self.offset != "none" and self.group * self.num_queries <= DECODE_ROWS < self.num_keys
+        """A few queries of each row against its longer cache; a shard of a training row has one offset."""
+        return self.offset == "rows" and self.group * self.num_queries <= DECODE_ROWS < self.num_keys
 
 
 class Declined(ConfigError, NotImplementedError):
@@ -444,11 +444,12 @@ def _on_tpu(spec, blocks, problem, interpret, q_BTNH, k_BSKH, v_BSKH, plan, sink
         for side, block_q, block_k in blocks.tiles
     )
     rows = max(1, worklist.MAX_TABLE_BYTES // bytes_per_row)
+    lists = tuple(w for w in plan.work if isinstance(w, worklist.WorkList))
     outputs = []
     for start in range(0, problem.batch, rows):
         part = slice(start, start + rows)
-        if rows >= problem.batch and _matches(plan.work, blocks):
-            local, work = plan, plan.work
+        if rows >= problem.batch and _matches(lists, blocks):
+            local, work = plan, lists
         else:
             local = dataclasses.replace(plan, k_lo_BT=plan.k_lo_BT[part], q_hi_BS=plan.q_hi_BS[part], work=())
             work = _work(local, blocks, offset)
@@ -500,9 +501,8 @@ def _on_hopper(spec, blocks: HopperBlocks, q_BTNH, k_BSKH, v_BSKH, plan, sinks_N
     return o_BTNH[:, :num_queries], lse_BNT[:, :, :num_queries]
 
 
-def _matches(work: tuple, blocks: TpuBlocks) -> bool:
-    lists = [w for w in work if isinstance(w, worklist.WorkList)]
-    return tuple((w.side, w.block_q, w.block_k) for w in lists) == blocks.tiles
+def _matches(work: tuple[worklist.WorkList, ...], blocks: TpuBlocks) -> bool:
+    return tuple((w.side, w.block_q, w.block_k) for w in work) == blocks.tiles
 
 
 def _by_cudnn(q_BTNH, k_BSKH, v_BSKH, spec: AttentionSpec, window: tuple[int, int] | None) -> Array:

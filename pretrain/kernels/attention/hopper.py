@@ -562,13 +562,13 @@ def _backward_kv(static: _Static, q, k, v, do, lse2, delta, rows, bounds):
             def visit(step, q_block, sums, *, make_dk: bool, make_dv: bool):
                 slot = queries.slot(step)
 
-                def scores(s_ref, dp_ref=None):
+                def scores(s_ref, *dp_refs):
                     """Probabilities and, given room for them, the gradients of the scores."""
                     queries.wait(step)
                     plgpu.wgmma(s_ref, k_tile, q_smem.at[slot].T)
                     cotangents.wait(step)
                     if make_dk:
-                        plgpu.wgmma(dp_ref, v_tile, do_smem.at[slot].T)
+                        plgpu.wgmma(dp_refs[0], v_tile, do_smem.at[slot].T)
                     x_CQ, factor = exponents(
                         plgpu.wgmma_accumulator_load(s_ref, wait_n=int(make_dk)), static.scale, static.softcap
                     )
@@ -579,7 +579,7 @@ def _backward_kv(static: _Static, q, k, v, do, lse2, delta, rows, bounds):
                     if not make_dk:
                         return p_CQ.astype(dtype), None
                     delta_CQ = _across(_vector(delta_smem.at[slot], 1), shape, 1)
-                    ds_CQ = score_gradient(p_CQ, dp_ref[...], delta_CQ, _tanh_of(static, x_CQ))
+                    ds_CQ = score_gradient(p_CQ, dp_refs[0][...], delta_CQ, _tanh_of(static, x_CQ))
                     return p_CQ.astype(dtype), ds_CQ.astype(dtype)
 
                 rooms = [plgpu.ACC(shape, jnp.float32)] * (1 + make_dk)
