@@ -121,7 +121,7 @@ def trained_part(params: Params) -> Params:
     return {"blocks": {ADAPTERS: params["blocks"][ADAPTERS]}}
 
 
-def with_trained_part(params: Params, trained: Params) -> Params:
+def with_trained_part(params: Params, trained: Any) -> Params:
     """`params` with that part replaced."""
     if ADAPTERS not in params.get("blocks", {}):
         return trained
