@@ -1,7 +1,7 @@
 """Our attention beside cuDNN, tokamax and XLA on this machine: correctness first, then one table, JSON and pictures.
 
-    python tools/bench_attention.py out=attention_h100              under 8 minutes on one H100
-    python tools/bench_attention.py size=smoke out=attention_cpu    seconds on a CPU: the harness, not the chip
+    python -m tools.bench_attention out=attention_h100              under 8 minutes on one H100
+    python -m tools.bench_attention size=smoke out=attention_cpu    seconds on a CPU: the harness, not the chip
 
 Every implementation is first held to a float64 reference on fresh random inputs, in memory that held NaN before;
 one that is wrong is not timed. All programs are compiled beforehand, side by side. Then, for every case, the

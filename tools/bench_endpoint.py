@@ -1,6 +1,6 @@
 """How close does the endpoint come to the ideal rate of a server that answers in a fixed time, and does memory stay flat?
 
-    python tools/bench_endpoint.py concurrency=500 latency_s=0.1 calls=5000 memory_calls=100000
+    python -m tools.bench_endpoint concurrency=500 latency_s=0.1 calls=5000 memory_calls=100000
 
 The server runs in a process of its own and answers every chat completion `latency_s` after it came. The ideal rate
 is concurrency / latency. Seconds of processor time a call stand beside it: one process cannot pass their inverse,

@@ -1,7 +1,7 @@
 """Our generation beside that of peers, on the same weights: interleaved runs, medians and ranges, one table.
 
-    python tools/bench_generate.py folder=MODEL_FOLDER out=bench.json
-    python tools/bench_generate.py peers=tools.peer_transformers:factory peer_python=/path/to/python folder=...
+    python -m tools.bench_generate folder=MODEL_FOLDER out=bench.json
+    python -m tools.bench_generate peers=tools.peer_transformers:factory peer_python=/path/to/python folder=...
 
 `folder` holds a model that `transformers` loads (`pretrain.hf.export_model` writes one). A peer is a function
 `factory(folder, prompts, num_new_tokens) -> generate`; `generate()` continues all prompts as one batch, greedily,

@@ -1,6 +1,6 @@
 """Our training step beside those of peers on this machine: interleaved blocks, medians and ranges, one table.
 
-    python tools/bench_step.py peers=module:function,module:function shape=0.87m pairs=30 out=bench.json
+    python -m tools.bench_step peers=module:function,module:function shape=0.87m pairs=30 out=bench.json
 
 A peer is a function on PYTHONPATH, `factory(shape) -> (step, info)`. `shape` is a dict of sizes, D L N F V B T as
 in the house legend; F is that of a plain feed-forward of two matrices. `step()` runs one training step of B rows

@@ -1,7 +1,7 @@
 """The training step of a config on this machine, without data: tokens a second, utilization, memory, what it spends its time on.
 
-    python tools/bench_train.py --config configs/pretrain/llama_1b.py data.batch_rows=8 run.num_microbatches=2
-    python tools/bench_train.py --config FILE bench.out=step.json bench.profile_steps=2 model.attention_impl=xla
+    python -m tools.bench_train --config configs/pretrain/llama_1b.py data.batch_rows=8 run.num_microbatches=2
+    python -m tools.bench_train --config FILE bench.out=step.json bench.profile_steps=2 model.attention_impl=xla
 
 The step is the one that `pretrain.main` runs, health guard, optimizer and metrics included; the rows are random tokens
 in documents of log-normal length laid end to end, as web text packs. Nothing is read, saved or evaluated. Steps queue

@@ -1,6 +1,6 @@
 """The size of the house, printed: files, functions, comments, the reading path. It never fails.
 
-python tools/census.py
+python -m tools.census
 """
 
 import ast

@@ -1,8 +1,8 @@
 """Golden curves: does a refactoring change a single bit?
 
-python tools/golden.py compare [COMMIT]   the working tree against a commit (HEAD), on this machine, bit by bit
-python tools/golden.py losses             print the curve of this tree
-python tools/golden.py write              store it in tests/golden/tiny_loss.json (a change of numbers on purpose)
+python -m tools.golden compare [COMMIT]   the working tree against a commit (HEAD), on this machine, bit by bit
+python -m tools.golden losses             print the curve of this tree
+python -m tools.golden write              store it in tests/golden/tiny_loss.json (a change of numbers on purpose)
 
 The tests hold the stored curve to 1e-5 relative, because bits differ between processors and versions of JAX.
 Here both trees run side by side with the same ones, so a refactoring has to agree bit for bit.

@@ -1,7 +1,7 @@
 """Measures block sizes of our attention kernels on this chip and rewrites the literal table.
 
-    python tools/tune_attention.py                        an H100 or a TPU: sweep, print, rewrite configs.py
-    python tools/tune_attention.py size=smoke table=COPY  the harness on a CPU, into a copy of configs.py
+    python -m tools.tune_attention                        an H100 or a TPU: sweep, print, rewrite configs.py
+    python -m tools.tune_attention size=smoke table=COPY  the harness on a CPU, into a copy of configs.py
 
 At most `max_configs` candidates a width and packing, the same inputs for all, in turn. A candidate whose gradients
 are wrong, or that does not compile, is dropped with the reason. Forward and backward blocks are chosen apart.

@@ -1,7 +1,7 @@
 """Block sizes per chip and shape class: a literal table, no search at run time (hosts would differ).
 
-Rows come from `tools/tune_attention.py`. A row marked unmeasured compiles for its chip (the slow tests show it) and
-was never timed.
+`tools/tune_attention.py` measures rows on the chip it runs on. A row marked unmeasured compiles for its chip and was
+never timed.
 """
 
 import dataclasses

@@ -31,7 +31,6 @@ class AttentionSpec:
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
-    deterministic: bool = True
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -69,9 +68,11 @@ class PackPlan:
         if isinstance(q_offset, int) and q_offset == 0 and num_queries == self.k_lo_BT.shape[1]:
             return self
         if jnp.ndim(q_offset) == 1:
-            take = jax.vmap(functools.partial(lax.dynamic_slice_in_dim, slice_size=num_queries))
-            k_lo_BS = jnp.broadcast_to(self.k_lo_BT, (q_offset.shape[0], self.k_lo_BT.shape[1]))
-            k_lo_BT = take(k_lo_BS, q_offset)
+            num_keys = self.k_lo_BT.shape[1]
+            k_lo_BS = jnp.broadcast_to(self.k_lo_BT, (q_offset.shape[0], num_keys))
+            # Queries behind the last key pad a row; a slice would move the real ones before them.
+            place_BT = q_offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None]
+            k_lo_BT = jnp.take_along_axis(k_lo_BS, jnp.minimum(place_BT, num_keys - 1), axis=1)
         else:
             k_lo_BT = lax.dynamic_slice_in_dim(self.k_lo_BT, q_offset, num_queries, axis=1)
         return dataclasses.replace(self, k_lo_BT=k_lo_BT, work=())

@@ -37,7 +37,9 @@ def definition(
     q_BTNH, k_BSKH, v_BSKH = (x.astype(dtype) for x in (q_BTNH, k_BSKH, v_BSKH))
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = jnp.repeat(k_BSKH, group, axis=2), jnp.repeat(v_BSKH, group, axis=2)
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, precision="highest") * score_scale(spec, q_BTNH.shape[3])
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, precision="highest") * score_scale(
+        spec, q_BTNH.shape[3]
+    )
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     scores = jnp.where(mask_BTS[:, None], scores, MASKED)
@@ -96,7 +98,9 @@ def xla_attention(
         _blocks(jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode="edge"), chunk)
         for x in (q_BTNH, plan.k_lo_BT, last_BT)
     )
-    o, lse = lax.map(lambda x: block(x[0], k_BSKH, v_BSKH, key_mask_BTS(x[1], x[2], num_keys), sinks_N), (q, k_lo, last))
+    o, lse = lax.map(
+        lambda x: block(x[0], k_BSKH, v_BSKH, key_mask_BTS(x[1], x[2], num_keys), sinks_N), (q, k_lo, last)
+    )
     o = jnp.moveaxis(o, 0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])
     lse = jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], -1)
     return o[:, :num_queries], lse[:, :, :num_queries]
@@ -106,7 +110,9 @@ def _blocks(x: Array, chunk: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def _static_keys(plan: PackPlan, q_offset: int | Array, start: int, stop: int, num_keys: int) -> tuple[int, int]:
+def _static_keys(
+    plan: PackPlan, q_offset: int | Array, start: int, stop: int, num_keys: int
+) -> tuple[int, int]:
     """Keys that the queries [start, stop) can reach whatever the packing, when the offset is known."""
     if not isinstance(q_offset, int):
         return 0, num_keys

@@ -24,7 +24,6 @@ from pretrain.kernels.attention.math import LN2, LOG2E, MASKED, logits_base2, sc
 from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, bounds_of_queries, query_positions_BT
 from pretrain.kernels.attention.worklist import WorkList
 
-
 LANES = 128
 
 
@@ -92,7 +91,10 @@ def tpu_decode(
     columns = -(-group * time // LANES) * LANES
     # Columns of padding repeat the last one, so that they widen no range.
     column = jnp.minimum(jnp.arange(columns), group * time - 1)
-    fold = lambda x_BT: jnp.tile(x_BT, (1, group))[:, column]
+
+    def fold(x_BT):
+        return jnp.tile(x_BT, (1, group))[:, column]
+
     q_pos, k_lo = fold(query_positions_BT(q_offset, batch, time)), fold(plan.k_lo_BT)
     bounds = bounds_of_queries(q_pos, k_lo, block_q=columns, block_k=block_k, num_keys=num_keys)
     work = worklist.list_of(bounds, batch * (num_keys // block_k), side="q", block_q=columns, block_k=block_k)
@@ -256,7 +258,9 @@ def _like(x, shape=None, dtype=None):
     return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, manual_axis_type=varying)
 
 
-def _call(static: _Static, kernel, work: WorkList, kv_heads: int, in_specs, out_specs, out_shape, scratch, name):
+def _call(
+    static: _Static, kernel, work: WorkList, kv_heads: int, in_specs, out_specs, out_shape, scratch, name
+):
     out_specs, out_shape = list(out_specs), list(out_shape)
     if static.count:
         out_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
@@ -372,7 +376,20 @@ def _tile_gradients(static, q_XH, do_XH, k_CH, v_CH, first_key, q_pos, k_lo, lse
 
 
 def _backward_q_kernel(static: _Static, group: int, *refs):
-    outer_ref, inner_ref, q_pos_ref, k_lo_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, *refs = refs
+    (
+        outer_ref,
+        inner_ref,
+        q_pos_ref,
+        k_lo_ref,
+        q_ref,
+        k_ref,
+        v_ref,
+        do_ref,
+        lse_ref,
+        delta_ref,
+        dq_ref,
+        *refs,
+    ) = refs
     count_ref, refs = (refs[0], refs[1:]) if static.count else (None, refs)
     (acc_ref,) = refs
     _, block, flags = _step(outer_ref, inner_ref)
@@ -388,9 +405,7 @@ def _backward_q_kernel(static: _Static, group: int, *refs):
         q_pos, k_lo, lse, delta = (_columns(ref, group) for ref in (q_pos_ref, k_lo_ref, lse_ref, delta_ref))
         k_CH, v_CH = k_ref[pl.ds(start, size), :], v_ref[pl.ds(start, size), :]
         first_key = block * block_k + start
-        _, ds = _tile_gradients(
-            static, q_XH, do_XH, k_CH, v_CH, first_key, q_pos, k_lo, lse, delta, masked
-        )
+        _, ds = _tile_gradients(static, q_XH, do_XH, k_CH, v_CH, first_key, q_pos, k_lo, lse, delta, masked)
         acc_ref[...] += _dot(k_CH, ds.astype(k_CH.dtype), (0, 0))
 
     _each_slice(static, block_k, flags, body)
@@ -475,7 +490,14 @@ def _backward_kv(static: _Static, q, k, v, do, lse2, delta, rows, work: WorkList
 
 
 def visited_blocks(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, plan: PackPlan, work, spec: AttentionSpec, blocks: TpuBlocks, *,
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    plan: PackPlan,
+    work,
+    spec: AttentionSpec,
+    blocks: TpuBlocks,
+    *,
     interpret: object = False,
 ) -> dict[str, Array]:
     """Blocks that the forward, dq and dk/dv kernels entered, counted by the kernels, for each key-value head."""

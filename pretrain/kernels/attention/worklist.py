@@ -42,7 +42,9 @@ class WorkList:
     block_k: int
 
 
-def work_list(plan: PackPlan, *, side: str, block_q: int, block_k: int, q_offset: int | Array = 0) -> WorkList:
+def work_list(
+    plan: PackPlan, *, side: str, block_q: int, block_k: int, q_offset: int | Array = 0
+) -> WorkList:
     """The work list of one kernel. `plan` holds the local queries; see `block_bounds`."""
     bounds = block_bounds(plan, block_q=block_q, block_k=block_k, side=side, q_offset=q_offset)
     limit = max_steps(*plan.k_lo_BT.shape, plan.q_hi_BS.shape[1], side, block_q, block_k, q_offset)
@@ -89,4 +91,8 @@ def _steps(bounds: Bounds, max_steps: int) -> tuple[Array, Array, Array]:
     # The block of a flush-only step may lie one past the end: it is fetched, never read.
     block = jnp.maximum(jnp.minimum(block, hi[row] - 1), 0)
     outer = ((row // num_outer) << OUTER_BITS) | (row % num_outer)
-    return outer.astype(jnp.int32), ((block << FLAG_BITS) | flags).astype(jnp.int32), ends[-1:].astype(jnp.int32)
+    return (
+        outer.astype(jnp.int32),
+        ((block << FLAG_BITS) | flags).astype(jnp.int32),
+        ends[-1:].astype(jnp.int32),
+    )

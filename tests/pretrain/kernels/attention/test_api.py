@@ -225,3 +225,11 @@ def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
         got = sharded(*(jax.device_put(x, jax.sharding.NamedSharding(mesh, part)) for x in (q, k, v, do)))
     for x, r in zip(got, whole(q, k, v), strict=True):
         np.testing.assert_allclose(x, r, rtol=2e-5, atol=2e-5)
+
+
+def test_only_rows_with_starts_of_their_own_are_decoded():
+    """A shard of a training row has one offset and few queries too, and needs a gradient."""
+    q, k = (jax.ShapeDtypeStruct((2, length, 2, 64), jnp.float32) for length in (8, 1024))
+    for q_offset, decoding in ((512, False), (jnp.int32(512), False), (jnp.asarray([3, 512]), True)):
+        problem = api.problem_of(q, k, AttentionSpec(), packed=False, q_offset=q_offset)
+        assert problem.decoding is decoding

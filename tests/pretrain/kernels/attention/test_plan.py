@@ -124,6 +124,14 @@ def test_a_plan_under_jit_equals_the_plan_outside():
     jax.tree.map(np.testing.assert_array_equal, inside, make_plan(segments, spec, seq_len=8))
 
 
+def test_padding_behind_the_last_key_moves_no_real_query():
+    """The rows of a batch are decoded together, and the one that ends first is padded."""
+    whole = make_plan(None, AttentionSpec(window=3), seq_len=12, batch=2)
+    local = whole.rows(jnp.asarray([10, 4], jnp.int32), 4)
+    np.testing.assert_array_equal(local.k_lo_BT[0, :2], whole.k_lo_BT[0, 10:])
+    np.testing.assert_array_equal(local.k_lo_BT[1], whole.k_lo_BT[1, 4:8])
+
+
 def test_visited_blocks_of_one_document_are_the_triangle():
     plan = make_plan(None, AttentionSpec(), seq_len=64, batch=2)
     np.testing.assert_array_equal(visited_blocks(plan, block_q=8, block_k=8), [36, 36])
