@@ -51,7 +51,7 @@ class Options:
     pairs: int = 10
     block: int = 6  # steps an entrant runs in its turn
     warmup: int = 5  # steps before the first turn, compilation included
-    max_foreign: float = 0.06  # share of the machine that others may take during a block
+    max_foreign: float = 0.06  # share of the machine that others may take during a block; no limit from 1 on
     max_seconds: float = 300.0  # of timing; what was counted until then is reported
     out: str | None = None  # JSON file
 
