@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pretrain.kernels.attention.math import MASKED
 from pretrain.kernels.attention.plan import AttentionSpec
-
-# As in the kernels: large and finite, and wiped out by the first real logit, which is in a query's own block.
-_MASKED = -0.7 * 3.4028235e38
+from pretrain.kernels.attention.reference import score_scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -86,7 +85,7 @@ def _backward(
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     delta = jnp.moveaxis(delta.reshape(B, T, k.shape[2], -1), 1, 3)
     rank = jax.lax.axis_index(axis)
-    scale = _scale(spec, H)
+    scale = score_scale(spec, H)
 
     def gradients(k: jax.Array, v: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits, tanh = _logits(q_BTKGH, k, k_lo_BT, rank, block, spec)
@@ -141,10 +140,6 @@ def _needed(k_lo_BT: jax.Array, rank: jax.Array, block: jax.Array) -> jax.Array:
     return (block <= rank) & (jnp.min(k_lo_BT) < (block + 1) * k_lo_BT.shape[1])
 
 
-def _scale(spec: AttentionSpec, head_width: int) -> float:
-    return head_width**-0.5 if spec.scale is None else spec.scale
-
-
 def _logits(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
@@ -156,11 +151,11 @@ def _logits(
     """Masked scores [B, K, G, T, S] of the local queries against the keys of `block`, and the tanh of a soft cap."""
     T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
     scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores, tanh = scores * _scale(spec, q_BTKGH.shape[-1]), None
+    scores, tanh = scores * score_scale(spec, q_BTKGH.shape[-1]), None
     if spec.softcap is not None:
         tanh = jnp.tanh(scores / spec.softcap)
         scores = spec.softcap * tanh
     q_pos_BT = (rank * T + jnp.arange(T, dtype=jnp.int32))[None]
     k_pos_BTS = (block * S + jnp.arange(S, dtype=jnp.int32))[None, None]
     visible = (k_pos_BTS <= q_pos_BT[:, :, None]) & (k_pos_BTS >= k_lo_BT[:, :, None])
-    return jnp.where(visible[:, None, None], scores, _MASKED), tanh
+    return jnp.where(visible[:, None, None], scores, MASKED), tanh
