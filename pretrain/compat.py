@@ -16,10 +16,32 @@ MOSAIC_GPU_SINCE = (0, 10, 2)
 
 
 def mosaic_gpu_reasons() -> list[str]:
-    """Why this jax cannot build Hopper kernels; empty when it can. Not needed once jax >= 0.10.2 is required."""
+    """Why this jax cannot build Hopper kernels; empty when it can.
+
+    The version is not asked once jax >= 0.10.2 is required; jax's own kernels refuse the same CUDA versions.
+    """
+    reasons = []
     if VERSION < MOSAIC_GPU_SINCE:
-        return [f"needs jax >= {'.'.join(map(str, MOSAIC_GPU_SINCE))} for Mosaic GPU, got {jax.__version__}"]
-    return []
+        reasons.append(
+            f"needs jax >= {'.'.join(map(str, MOSAIC_GPU_SINCE))} for Mosaic GPU, got {jax.__version__}"
+        )
+    cuda = cuda_version()
+    if cuda is not None and (12, 8, 0) <= cuda < (12, 9, 1):
+        reasons.append(
+            "needs a CUDA outside of 12.8.0 to 12.9.0, whose ptxas miscompiles causal loops, got "
+            + ".".join(map(str, cuda))
+        )
+    return reasons
+
+
+def cuda_version() -> tuple[int, int, int] | None:
+    """Of the CUDA that jax runs with, or None without one; jax names it in no public module."""
+    from jax._src.lib import cuda_versions
+
+    if cuda_versions is None:
+        return None
+    number = cuda_versions.cuda_runtime_get_version()
+    return number // 1000, number // 10 % 100, number % 10
 
 
 def mgpu_kernel(

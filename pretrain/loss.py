@@ -31,9 +31,9 @@ class LossConfig:
 
     def __post_init__(self):
         if self.z_weight < 0:
-            raise ConfigError(f"z_weight must be at least 0, got {self.z_weight}")
+            raise ConfigError(f"z_weight must be at least 0, got {self.z_weight}; 0 leaves the z-loss out")
         if self.chunk_tokens < 1:
-            raise ConfigError(f"chunk_tokens must be positive, got {self.chunk_tokens}")
+            raise ConfigError(f"chunk_tokens must be positive, got {self.chunk_tokens}; 1024 is a good size")
 
 
 @functools.partial(

@@ -25,6 +25,7 @@ import numpy as np
 from pretrain import flops
 from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
 from pretrain.data.batch import Batch
+from pretrain.kernels.attention.api import choose, problem_of
 from pretrain.model.transformer import abstract_params
 from pretrain.optim import make_optimizer
 from pretrain.rundir import write_json_atomic
@@ -106,6 +107,19 @@ def _vocab_size(config: TrainConfig) -> int:
     )
 
 
+def _attention(config: TrainConfig) -> str:
+    """What the layers of the first kind take on this machine."""
+    model = config.model
+    q, k = (
+        jax.ShapeDtypeStruct(
+            (config.data.batch_rows // config.run.num_microbatches, config.data.row_length, heads, model.head_width),
+            model.dtype,
+        )
+        for heads in (model.num_heads, model.num_kv_heads)
+    )  # fmt: skip
+    return choose(problem_of(q, k, model.spec(model.kind(0)), packed=True), model.attention_impl).impl
+
+
 def measure(options: Options, config: TrainConfig) -> dict[str, Any]:
     """The report, as JSON values."""
     model, vocab_size = config.model, _vocab_size(config)
@@ -149,7 +163,7 @@ def measure(options: Options, config: TrainConfig) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "params": flops.count_params(model, vocab_size).total,
-        "attention": model.attention_impl,
+        "attention": _attention(config),
         "remat": model.remat,
         "rows": config.data.batch_rows,
         "row_length": config.data.row_length,

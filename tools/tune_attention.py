@@ -181,6 +181,15 @@ def main(argv: Sequence[str], log: Callable[[str], None] = print) -> int:
         device, path = jax.devices()[0], Path(options.table)
         size = bench.SIZES[options.size]
         impl = next(name for name in size.implementations if name in bench.OURS)
+        if impl == "pallas_tpu" and device.device_kind not in configs.TPU_CHIPS:
+            raise ConfigError(
+                f"the chip must be one of {', '.join(configs.TPU_CHIPS)}, got {device.device_kind}; add it to "
+                "TPU_CHIPS and its rows to TPU_TABLE"
+            )
+        if impl == "tpu_interpret" and path.resolve() == TABLE.resolve():
+            raise ConfigError(
+                f"table must be a copy where kernels are interpreted, got {path}; copy configs.py and name the copy"
+            )
         chip = configs.TPU_CHIPS.get(device.device_kind, "v5e")
         for width in size.widths:
             rows = {}

@@ -106,6 +106,11 @@ class ModelConfig:
         ):
             if getattr(self, name) not in allowed:
                 faults.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.context_attention == "ring" and self.attention_impl != "auto":
+            faults.append(
+                f"context_attention='ring' has an attention of its own, got attention_impl={self.attention_impl!r}; "
+                "leave that on auto, or take context_attention='gather'"
+            )
         if faults:
             raise ConfigError(*faults)
 
@@ -411,13 +416,14 @@ def _plan(
 
     It is small and replicated over context, where each device has queries of its own and makes its own ranges.
     """
+    packed = segment_ids_BT is not None
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones(shape, jnp.int32)
     spec, mesh = config.spec(kind), current_mesh()
     num_tensor = 1 if mesh is None else mesh.shape["tensor"]
 
     def make(segment_ids_BT: jax.Array) -> PackPlan:
-        plan = make_plan(segment_ids_BT, spec, seq_len=shape[1])
+        plan = dataclasses.replace(make_plan(segment_ids_BT, spec, seq_len=shape[1]), packed=packed)
         if mesh is not None and mesh.shape["context"] > 1:
             return plan
         q, k = (

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pretrain import flops
+from pretrain import compat, flops
 from pretrain.config import ConfigError
+from pretrain.kernels.attention import hopper
+from pretrain.kernels.attention.configs import hopper_blocks
+from pretrain.kernels.attention.plan import AttentionSpec, make_plan
 from pretrain.loss import cross_entropy
 from pretrain.model.moe import MoeConfig
 from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params, forward, head_DV
@@ -87,6 +90,20 @@ def test_a_scan_counts_its_length_and_an_unknown_loop_is_refused():
     endless = functools.partial(jax.lax.while_loop, lambda c: c[0, 0] < 1, lambda c: c @ c)
     with pytest.raises(NotImplementedError, match="use scan"):
         flops.executed_flops(endless, x)
+
+
+@pytest.mark.skipif(bool(compat.mosaic_gpu_reasons()), reason="; ".join(compat.mosaic_gpu_reasons()))
+def test_kernels_that_skip_blocks_are_not_counted_as_nothing():
+    """They were once: hfu was too low by all that attention multiplies."""
+    q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+    plan, blocks = make_plan(None, AttentionSpec(), seq_len=256), hopper_blocks(128, packed=False)
+
+    def attend(q):
+        ranges = hopper.tile_ranges(plan, blocks)
+        return hopper.hopper_attention(q, q, q, plan.k_lo_BT, ranges, None, AttentionSpec(), q_offset=0)
+
+    with pytest.raises(NotImplementedError, match="known only when they run"):
+        flops.executed_flops(attend, q)
 
 
 def test_flops_per_token_by_hand():

@@ -65,6 +65,13 @@ def test_bad_options_are_refused(main, capsys):
     assert "error: size must be one of h100, tpu, smoke, got 'giant'" in capsys.readouterr().err
 
 
+def test_interpreted_tiles_never_reach_the_table_of_the_project(capsys):
+    before = tune.TABLE.read_bytes()
+    assert tune.main(["size=smoke"]) == 2
+    assert "table must be a copy where kernels are interpreted" in capsys.readouterr().err
+    assert tune.TABLE.read_bytes() == before
+
+
 @pytest.mark.parametrize("key", ["128", '("v5e", 128)'])
 def test_a_row_of_the_table_is_rewritten_and_nothing_else(key):
     text = tune.TABLE.read_text()

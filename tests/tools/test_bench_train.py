@@ -30,6 +30,7 @@ def test_the_smoke_config_is_measured(tmp_path, capsys):
     # The batch stays the same, so the loss falls; documents need less than whole rows.
     assert report["losses"][-1] < report["losses"][0]
     assert 0 < report["mfu_packed"] < report["mfu"]
+    assert report["attention"] == "xla"
     assert "tokens/s" in capsys.readouterr().out
 
 

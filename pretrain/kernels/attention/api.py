@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from pretrain import compat
 from pretrain.config import ConfigError
 from pretrain.kernels.attention import hopper, reference, tpu, worklist
-from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks, hopper_blocks, tpu_blocks
+from pretrain.kernels.attention.configs import TPU_CHIPS, HopperBlocks, TpuBlocks, hopper_blocks, tpu_blocks
 from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, allowed_BTS, make_plan
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ KERNEL_WIDTHS = (64, 128, 256)
 GPUS = ("cuda", "gpu")
 # Parts of what CUDA calls the chips of compute capability 9.0.
 HOPPER_CHIPS = ("H100", "H200", "GH200")
+# Parts of what CUDA calls the chips of compute capability 8.0 and up, whose fused attention cuDNN has.
+CUDNN_CHIPS = (*HOPPER_CHIPS, "A100", "A10", "A30", "A40", "L4", "L40", "B100", "B200")
 # Up to this many query rows of one key-value head are one tile against a cache.
 DECODE_ROWS = 512
 
@@ -115,6 +117,8 @@ def _reasons(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None) -> 
             if impl == "pallas_tpu":
                 if p.platform != "tpu":
                     reasons.append(f"needs a TPU, got {p.platform}")
+                elif config is None and p.device_kind not in TPU_CHIPS:
+                    reasons.append(f"has tiles for {', '.join(TPU_CHIPS)}, got {p.device_kind} and no config")
                 if p.width not in KERNEL_WIDTHS:
                     reasons.append(f"needs head width 64, 128 or 256, got {p.width}")
             if not reasons:
@@ -129,15 +133,18 @@ def _reasons(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None) -> 
                 reasons.append(
                     f"needs a Hopper GPU ({', '.join(HOPPER_CHIPS)}), got {p.platform} {p.device_kind}"
                 )
-            if p.dtype not in ("bfloat16", "float16"):
-                reasons.append(f"needs bfloat16 or float16, got {p.dtype}")
+            if p.dtype != "bfloat16":
+                reasons.append(f"needs bfloat16, got {p.dtype}")
             if p.width not in KERNEL_WIDTHS:
                 reasons.append(f"needs head width 64, 128 or 256, got {p.width}")
             if not reasons:
                 reasons += _hopper_reasons(p, _hopper_config(p, config))
         case "cudnn":
-            if p.platform not in GPUS:
-                reasons.append(f"needs CUDA, got {p.platform}")
+            if p.platform not in GPUS or not any(chip in p.device_kind for chip in CUDNN_CHIPS):
+                reasons.append(
+                    f"needs a CUDA GPU of compute capability 8.0 or more ({', '.join(CUDNN_CHIPS)}), got "
+                    f"{p.platform} {p.device_kind}"
+                )
             if p.dtype not in ("bfloat16", "float16"):
                 reasons.append(f"needs bfloat16 or float16, got {p.dtype}")
             limit = 256 if any(chip in p.device_kind for chip in HOPPER_CHIPS) else 128
@@ -162,6 +169,10 @@ def _block_reasons(p: Problem, blocks: TpuBlocks, minimum: int) -> list[str]:
     if p.decoding:
         if p.num_keys % minimum:
             return [f"needs a cache length that {minimum} divides, got {p.num_keys}"]
+        table = 8 * p.batch * (p.num_keys // _decode_tiles(blocks, p.num_keys)[0])
+        if table > worklist.MAX_TABLE_BYTES:
+            return [f"the work list of {p.batch} rows takes {table} bytes of scalar memory, more than the limit of "
+                    f"{worklist.MAX_TABLE_BYTES}; decode fewer rows at a time"]  # fmt: skip
         return []
     reasons = []
     if p.offset != "none":
@@ -215,7 +226,11 @@ def _tpu_config(p: Problem, impl: str, config: TpuBlocks | HopperBlocks | None) 
                 f"impl={impl!r} takes TpuBlocks, got {type(config).__name__}; give none for the table's"
             )
         return config
-    blocks = tpu_blocks(p.device_kind, p.width, p.group, p.packed)
+    # Interpreted there is no chip.
+    chip = TPU_CHIPS[p.device_kind] if impl == "pallas_tpu" else "v5e"
+    blocks = tpu_blocks(chip, p.width, p.group, p.packed)
+    if p.decoding:  # all queries are one tile, and tiles of keys are as long as the cache lets them be
+        return blocks
     blocks = blocks.limited_to(max(p.num_queries, 8 if impl == "tpu_interpret" else 128))
     if p.offset != "none":
         # The greatest power of two that divides the length.
@@ -228,6 +243,12 @@ def _tpu_config(p: Problem, impl: str, config: TpuBlocks | HopperBlocks | None) 
     return blocks
 
 
+def _decode_tiles(blocks: TpuBlocks, num_keys: int) -> tuple[int, int]:
+    """(keys a tile, keys a slice of it) against a cache: powers of two that divide its length."""
+    block_k = min(blocks.block_k, num_keys & -num_keys)
+    return block_k, min(blocks.slice_k, block_k)
+
+
 def _padded(num_queries: int, num_keys: int, blocks: TpuBlocks) -> tuple[int, int]:
     """Lengths rounded up to all blocks, which are powers of two."""
     size_q = max(block_q for _, block_q, _ in blocks.tiles)
@@ -235,6 +256,12 @@ def _padded(num_queries: int, num_keys: int, blocks: TpuBlocks) -> tuple[int, in
     if num_queries == num_keys:
         size_q = size_k = max(size_q, size_k)
     return -(-num_queries // size_q) * size_q, -(-num_keys // size_k) * size_k
+
+
+@functools.cache
+def _announce(choice: str) -> None:
+    """Once for each that differs, however many layers and steps are traced."""
+    logger.info("%s", choice)
 
 
 def target() -> tuple[str, str]:
@@ -267,21 +294,28 @@ def attention(
     q_offset: row of the first query among the keys; needed when T differs from S, and in context parallelism.
       One offset a batch row, [B], serves decoding: the queries of row b see the keys up to q_offset[b] + t.
     impl: auto, pallas_tpu, tpu_interpret (the TPU kernels interpreted anywhere), pallas_hopper, cudnn, xla, reference.
-    config: tiles, instead of the table's. interpret: another interpreter for tpu_interpret (pltpu.InterpretParams).
+    config: tiles, instead of the table's, for an implementation asked for by name.
+    interpret: another interpreter for tpu_interpret (pltpu.InterpretParams).
     return_lse: also the natural log-sum-exp of the scores, float32, differentiable.
 
     Runs on local arrays: on a mesh call it inside shard_map, with keys gathered over the context axis.
     Raises ConfigError on bad input before anything is traced, Declined when an implementation asked for by name cannot
     do this.
     """
-    _check(q_BTNH, k_BSKH, v_BSKH, plan, segment_ids, spec, sinks_N, q_offset, impl)
+    _check(q_BTNH, k_BSKH, v_BSKH, plan, segment_ids, spec, sinks_N, q_offset, impl, config, interpret)
     batch, num_queries = q_BTNH.shape[:2]
+    packed = segment_ids is not None if plan is None else plan.packed
     problem = problem_of(
-        q_BTNH, k_BSKH, spec, packed=plan is not None or segment_ids is not None, sinks=sinks_N is not None,
-        q_offset=q_offset, return_lse=return_lse,
-    )  # fmt: skip
+        q_BTNH,
+        k_BSKH,
+        spec,
+        packed=packed,
+        sinks=sinks_N is not None,
+        q_offset=q_offset,
+        return_lse=return_lse,
+    )
     choice = choose(problem, impl, config)
-    logger.debug("%s", choice)
+    _announce(str(choice))
     if plan is None:
         plan = make_plan(segment_ids, spec, seq_len=k_BSKH.shape[1], batch=batch)
     if plan.q_hi_BS.shape[0] != batch:
@@ -336,7 +370,7 @@ def prepare_plan(
 
     Only the shapes and dtypes of q and k are read. Without it each call makes its own.
     """
-    problem = problem_of(q_BTNH, k_BSKH, spec, packed=True)
+    problem = problem_of(q_BTNH, k_BSKH, spec, packed=plan.packed)
     choice = choose(problem, impl, config)
     match choice.impl:
         case "pallas_tpu" | "tpu_interpret":
@@ -427,8 +461,7 @@ def _pad_plan(plan: PackPlan, num_queries: int, num_keys: int) -> PackPlan:
 def _on_tpu(spec, blocks, problem, interpret, q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, offset):
     """The TPU kernels with rows padded to the blocks, in parts of the batch whose work lists fit scalar memory."""
     if problem.decoding:
-        block_k = min(blocks.block_k, problem.num_keys & -problem.num_keys)
-        slice_k = min(blocks.slice_k, block_k)
+        block_k, slice_k = _decode_tiles(blocks, problem.num_keys)
         return tpu.tpu_decode(
             q_BTNH, k_BSKH, v_BSKH, plan, sinks_N, spec, block_k=block_k, slice_k=slice_k, q_offset=offset,
             interpret=interpret,
@@ -517,11 +550,17 @@ def _by_cudnn(q_BTNH, k_BSKH, v_BSKH, spec: AttentionSpec, window: tuple[int, in
     )
 
 
-def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl) -> None:
+def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl, config, interpret) -> None:
     """Every rule on the arguments, all faults at once."""
     faults = []
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         faults.append(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if config is not None and impl not in ("pallas_tpu", "tpu_interpret", "pallas_hopper"):
+        faults.append(
+            f"config is for an implementation with tiles, got impl={impl!r}; name one, or give no config"
+        )
+    if interpret is not None and impl != "tpu_interpret":
+        faults.append(f"interpret is for impl='tpu_interpret', got {impl!r}; leave it out")
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ConfigError(
             f"q, k, v must be [B, T, N, H], [B, S, K, H] twice, got {q.shape}, {k.shape}, {v.shape}; "
@@ -552,6 +591,10 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl) -> None:
     if sinks is not None and sinks.shape != (q.shape[2],):
         faults.append(
             f"sinks must have one logit a query head, [{q.shape[2]}], got {sinks.shape}; reshape them"
+        )
+    if segment_ids is not None and segment_ids.shape != k.shape[:2]:
+        faults.append(
+            f"segment ids must have one id for each key, {k.shape[:2]}, got {segment_ids.shape}; give those of all keys"
         )
     if plan is not None and segment_ids is not None:
         faults.append("give a plan or segment ids, not both; drop segment_ids")

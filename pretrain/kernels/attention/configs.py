@@ -117,16 +117,14 @@ TPU_CHIPS = {
     "TPU v5p": "v5p",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
-    "TPU7x": "v6e",
 }
 
 
-def tpu_blocks(device_kind: str, width: int, group: int, packed: bool) -> TpuBlocks:
-    """The row of the table for a chip; other chips and widths take the nearest row.
+def tpu_blocks(chip: str, width: int, group: int, packed: bool) -> TpuBlocks:
+    """The row of the table for a chip, one of the values of TPU_CHIPS; other widths take the nearest row.
 
     The table speaks of X = G·block_q columns: the more heads share keys, the fewer queries a tile holds.
     """
-    chip = TPU_CHIPS.get(device_kind, "v5e")
     blocks = TPU_TABLE[chip, 64 if width <= 64 else 128 if width <= 128 else 256][packed]
     shrink = 1 << (group - 1).bit_length()
     queries = ("block_q", "block_q_dq", "block_q_dkv")

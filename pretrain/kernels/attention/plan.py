@@ -46,7 +46,7 @@ class AttentionSpec:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["k_lo_BT", "q_hi_BS", "work"],
-    meta_fields=["causal", "window"],
+    meta_fields=["causal", "window", "packed"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackPlan:
@@ -54,7 +54,8 @@ class PackPlan:
 
     k_lo_BT: first key that a query may see. q_hi_BS: last query that may see a key. Without `causal`, query t sees
     keys [k_lo(t), q_hi(t)]: the relation is symmetric. work: what the kernels of one implementation make of the plan,
-    made ahead (api.prepare_plan); batch rows lead, so that the parts of several shards concatenate.
+    made ahead (api.prepare_plan); batch rows lead, so that the parts of several shards concatenate. packed: rows may
+    hold several documents; without it causality and window alone say what is seen, which every implementation knows.
     """
 
     k_lo_BT: Array
@@ -62,6 +63,7 @@ class PackPlan:
     work: tuple = ()
     causal: bool = True
     window: int | None = None
+    packed: bool = True
 
     def rows(self, q_offset: int | Array, num_queries: int) -> "PackPlan":
         """The plan of the queries [q_offset, q_offset + num_queries) against all keys; offsets may be [B]."""
@@ -145,6 +147,7 @@ def make_plan(
         jnp.where(pad_BS, pos_BS, end_BS),
         causal=spec.causal,
         window=spec.window,
+        packed=segment_ids_BS is not None,
     )
 
 

@@ -44,7 +44,7 @@ DENSE = ModelConfig(
 MODELS = {
     "dense": DENSE,
     "tied": dataclasses.replace(DENSE, tied_head=True),
-    "ring": dataclasses.replace(DENSE, context_attention="ring"),
+    "ring": dataclasses.replace(DENSE, context_attention="ring", attention_impl="auto"),
     "experts": dataclasses.replace(
         DENSE, moe=MoeConfig(num_experts=4, num_active=2, balance=LossBalance(weight=0.1), z_weight=0.01)
     ),

@@ -350,6 +350,10 @@ def test_tied_head_is_one_leaf_whose_gradients_add():
         ({"width": 0}, "width must be positive"),
         ({"layer_pattern": ()}, "layer_pattern"),
         ({"remat": "some"}, "remat must be one of"),
+        (
+            {"context_attention": "ring", "attention_impl": "xla"},
+            "has an attention of its own, got attention_impl='xla'",
+        ),
         ({"activation": "relu"}, "activation must be one of"),
     ],
 )

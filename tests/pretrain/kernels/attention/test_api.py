@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pretrain import compat
 from pretrain.config import ConfigError
 from pretrain.kernels.attention import api, hopper
 from pretrain.kernels.attention.api import Problem, attention, choose, prepare_plan
@@ -28,12 +29,23 @@ SMALL = TpuBlocks(block_q=8, block_k=8, block_q_dq=8, block_k_dq=8, block_q_dkv=
     [
         (ON_TPU, "pallas_tpu"),
         (dataclasses.replace(ON_TPU, width=80), "xla"),
+        (dataclasses.replace(ON_TPU, device_kind="TPU v4"), "xla"),
         (dataclasses.replace(ON_TPU, spec=AttentionSpec(causal=False)), "xla"),
         (ON_H100, "pallas_hopper"),
         (dataclasses.replace(ON_H100, packed=False), "pallas_hopper"),
         (dataclasses.replace(ON_H100, packed=False, width=96), "cudnn"),
         (dataclasses.replace(ON_H100, packed=False, dtype="float32"), "xla"),
         (dataclasses.replace(ON_H100, device_kind="NVIDIA A100-SXM4-80GB"), "xla"),
+        (dataclasses.replace(ON_H100, device_kind="NVIDIA A100-SXM4-80GB", packed=False), "cudnn"),
+        (
+            dataclasses.replace(ON_H100, device_kind="Tesla V100-SXM2-16GB", packed=False, dtype="float16"),
+            "xla",
+        ),
+        (
+            dataclasses.replace(ON_H100, platform="gpu", device_kind="AMD Instinct MI300X", packed=False),
+            "xla",
+        ),
+        (dataclasses.replace(ON_H100, packed=False, dtype="float16"), "cudnn"),
         (ON_CPU, "xla"),
     ],
 )
@@ -50,7 +62,7 @@ def test_the_choice_names_every_reason():
     assert text.startswith(
         "attention by xla (not pallas_tpu: needs a TPU, got cpu, needs head width 64, 128 or 256, got 80"
     )
-    assert "not cudnn: needs CUDA, got cpu" in text
+    assert "not cudnn: needs a CUDA GPU of compute capability 8.0" in text
 
 
 @pytest.mark.parametrize("impl", ["pallas_tpu", "pallas_hopper", "cudnn"])
@@ -135,6 +147,9 @@ Q, K = array(2, 16, 4, 8), array(2, 16, 2, 8)
         ((Q, K, K), {"plan": make_plan(None, CAUSAL, seq_len=16), "spec": AttentionSpec(window=2)}, "plan and spec must agree"),
         ((Q, K, K), {"plan": make_plan(None, CAUSAL, seq_len=16), "segment_ids": np.ones((2, 16), int)}, "not both"),
         ((Q, K, K), {"impl": "tpu_interpret", "config": "wide"}, "takes TpuBlocks, got str"),
+        ((Q, K, K), {"config": SMALL}, "config is for an implementation with tiles, got impl='auto'; name one"),
+        ((Q, K, K), {"impl": "xla", "interpret": True}, "interpret is for impl='tpu_interpret', got 'xla'"),
+        ((Q, K, K), {"segment_ids": np.ones((1, 16), int)}, r"one id for each key, \(2, 16\), got \(1, 16\)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_tracing(arguments, fields, message):
@@ -233,3 +248,38 @@ def test_only_rows_with_starts_of_their_own_are_decoded():
     for q_offset, decoding in ((512, False), (jnp.int32(512), False), (jnp.asarray([3, 512]), True)):
         problem = api.problem_of(q, k, AttentionSpec(), packed=False, q_offset=q_offset)
         assert problem.decoding is decoding
+
+
+def test_plain_rows_are_no_packed_rows():
+    """Without segment ids a plan says what causality says, which implementations without packing know too."""
+    assert not make_plan(None, CAUSAL, seq_len=16).packed
+    assert make_plan(np.ones((1, 16), np.int32), CAUSAL, seq_len=16).packed
+
+
+def test_a_tile_of_a_cache_is_as_long_as_the_cache_lets_it_be():
+    """One query a row made tiles of 128 keys once: eight times the steps."""
+    decoding = dataclasses.replace(ON_TPU, num_queries=1, num_keys=4096, offset="rows", packed=False)
+    assert decoding.decoding
+    blocks = api._tpu_config(decoding, "pallas_tpu", None)
+    assert api._decode_tiles(blocks, 4096)[0] == blocks.block_k == 1024
+    assert api._decode_tiles(blocks, 1536) == (512, 256)
+    many = dataclasses.replace(decoding, batch=20_000)
+    with pytest.raises(ConfigError, match="work list of 20000 rows takes 640000 bytes .*decode fewer rows"):
+        choose(many, "pallas_tpu")
+
+
+def test_a_choice_is_logged_once(caplog):
+    api._announce.cache_clear()
+    q = jnp.ones((1, 8, 2, 8))
+    with caplog.at_level("INFO", logger=api.logger.name):
+        for _ in range(3):
+            attention(q, q, q)
+    assert [record.message.split(" (")[0] for record in caplog.records] == ["attention by xla"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "refused"), [((12, 8, 0), True), ((12, 9, 0), True), ((12, 9, 1), False), ((13, 0, 0), False)]
+)
+def test_a_ptxas_that_miscompiles_is_refused(monkeypatch, cuda, refused):
+    monkeypatch.setattr(compat, "cuda_version", lambda: cuda)
+    assert any("ptxas miscompiles" in reason for reason in compat.mosaic_gpu_reasons()) == refused

@@ -18,7 +18,7 @@ from jax import export
 from pretrain import compat
 from pretrain.kernels.attention import hopper
 from pretrain.kernels.attention.api import attention
-from pretrain.kernels.attention.configs import HOPPER_TABLE, hopper_blocks
+from pretrain.kernels.attention.configs import HOPPER_TABLE, TPU_TABLE, hopper_blocks
 from pretrain.kernels.attention.plan import AttentionSpec, make_plan
 
 EVERYTHING = AttentionSpec(window=1000, softcap=30.0)
@@ -45,14 +45,14 @@ def arguments(width, length, layout=None, rows=1, heads=(4, 2)):
     return q, k, k, shape(jnp.int32, rows, length), shape(jnp.float32, heads[0]), q
 
 
-def on_tpu(q, k, v, segments, sinks, spec):
-    plan = make_plan(segments, spec, seq_len=k.shape[1])
+def on_tpu(q, k, v, segments, sinks, spec, packed=True):
+    plan = make_plan(segments if packed else None, spec, seq_len=k.shape[1])
     return attention(q, k, v, plan=plan, spec=spec, sinks_N=sinks, impl="pallas_tpu")
 
 
-def on_hopper(q, k, v, segments, sinks, spec, warpgroup_semantics):
-    plan = make_plan(segments, spec, seq_len=k.shape[1])
-    blocks = hopper_blocks(q.shape[3], packed=True)
+def on_hopper(q, k, v, segments, sinks, spec, warpgroup_semantics, packed=True):
+    plan = make_plan(segments if packed else None, spec, seq_len=k.shape[1])
+    blocks = hopper_blocks(q.shape[3], packed)
     ranges = hopper.tile_ranges(plan, blocks)
     return hopper.hopper_attention(
         q, k, v, plan.k_lo_BT, ranges, sinks, spec, q_offset=0, warpgroup_semantics=warpgroup_semantics
@@ -90,21 +90,50 @@ def test_hopper_kernels_lower_without_a_gpu(width, warpgroup_semantics):
 # --- the real compilers ------------------------------------------------------------------------------
 
 
+# The smallest topology of each chip of the table.
+TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "width"), [("v5e:2x2", 128), ("v5p:2x2x1", 256), ("v6e:2x2", 64)])
-def test_tpu_kernels_compile(topology, width, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("chip", "width"), TPU_TABLE)
+def test_tpu_kernels_compile(chip, width, packed, monkeypatch):
+    """Every row of the table, forward and backward."""
     pytest.importorskip("libtpu", reason="the [tpu] extra is not installed")
     # Otherwise libtpu looks for the metadata of a virtual machine, and lets one process at a time in.
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    mesh = compat.tpu_mesh(topology)
+    mesh = compat.tpu_mesh(TOPOLOGY[chip])
     layout = jax.sharding.NamedSharding(mesh, jax.P())
-    run = gradients(functools.partial(on_tpu, spec=AttentionSpec()))
+    run = gradients(functools.partial(on_tpu, spec=EVERYTHING if packed else AttentionSpec(), packed=packed))
     with jax.set_mesh(mesh):
         compiled = jax.jit(run).lower(*arguments(width, 8192, layout)).compile()
     text = compiled.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert "8192,8192" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", TOPOLOGY)
+def test_tpu_decoding_compiles(chip, monkeypatch):
+    """A token for each of 16 texts against caches of 8192 keys, in tiles as long as the table says."""
+    pytest.importorskip("libtpu", reason="the [tpu] extra is not installed")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    mesh = compat.tpu_mesh(TOPOLOGY[chip])
+    layout = jax.sharding.NamedSharding(mesh, jax.P())
+    q, k = (
+        jax.ShapeDtypeStruct((16, length, heads, 128), jnp.bfloat16, sharding=layout)
+        for length, heads in ((1, 8), (8192, 2))
+    )
+    starts = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=layout)
+    with jax.set_mesh(mesh):
+        compiled = (
+            jax.jit(lambda q, k, v, at: attention(q, k, v, q_offset=at, impl="pallas_tpu"))
+            .lower(q, k, k, starts)
+            .compile()
+        )
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
 
 
 TARGET = (
@@ -114,8 +143,9 @@ TARGET = (
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("width", sorted(HOPPER_TABLE))
-def test_hopper_kernels_compile(width, monkeypatch):
+def test_hopper_kernels_compile(width, packed, monkeypatch):
     pytest.importorskip("jax_cuda12_plugin", reason="the [cuda] extra is not installed")
     if not TARGET.is_file():
         pytest.skip(f"no description of the chip at {TARGET}")
@@ -128,7 +158,7 @@ def test_hopper_kernels_compile(width, monkeypatch):
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     mesh = compat.gpu_mesh(TARGET.read_text())
     layout = jax.sharding.NamedSharding(mesh, jax.P())
-    run = gradients(functools.partial(on_hopper, spec=EVERYTHING, warpgroup_semantics=False))
+    run = gradients(functools.partial(on_hopper, spec=EVERYTHING, warpgroup_semantics=False, packed=packed))
     with jax.set_mesh(mesh):
         compiled = (
             jax.jit(run).trace(*arguments(width, 8192, layout)).lower(lowering_platforms=("cuda",)).compile()
