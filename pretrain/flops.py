@@ -145,7 +145,7 @@ def mfu(
 
 
 def hfu(step_flops: float, *, step_seconds: float, peak_flops: float) -> float:
-    """Hardware FLOPs utilization from `executed_flops` of a step."""
+    """Hardware FLOPs utilization from the FLOPs that a step executed."""
     return step_flops / step_seconds / peak_flops
 
 
@@ -201,42 +201,72 @@ def measured_matmul_flops(*, size: int = 1024, dtype: str = "float32", num_repea
 # --- what a program executes ---------------------------------------------------------------------------
 
 
-def executed_flops(function: Callable[..., Any], *arguments: Any) -> float:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Executed:
+    """Matmul FLOPs of one call, all devices together.
+
+    known: from shapes alone. per_key: in our attention kernels, which visit what the documents need, for each key
+    that a query sees on average.
+    """
+
+    known: float = 0.0
+    per_key: float = 0.0
+
+    def __add__(self, other: "Executed") -> "Executed":
+        return Executed(known=self.known + other.known, per_key=self.per_key + other.per_key)
+
+    def times(self, count: float) -> "Executed":
+        """Of `count` calls."""
+        return Executed(known=count * self.known, per_key=count * self.per_key)
+
+    def total(self, keys_per_query: float) -> float:
+        """FLOPs where a query sees that many keys on average; what kernels mask inside of a block is not counted."""
+        return self.known + self.per_key * keys_per_query
+
+
+# Matmuls of queries by keys in each of our kernels: dq makes the probabilities anew, dk/dv does so too.
+_KERNEL_MATMULS = {"attention_forward": 2, "attention_backward_q": 3, "attention_backward_kv": 4}
+
+
+def executed_flops(function: Callable[..., Any], *arguments: Any) -> Executed:
     """Matmul FLOPs of one call, all devices together, from the jaxpr: after differentiation and remat.
 
-    XLA's own cost analysis counts the body of a loop once; here a scan counts its length. Kernels count every
-    step of their grid, so blocks that a kernel skips at run time are in; a `while` with an unknown number of
-    iterations is an error, the dearest branch of a `cond` counts.
+    XLA's own cost analysis counts the body of a loop once; here a scan counts its length. Of kernels that are not
+    ours every step of the grid counts; a `while` with an unknown number of iterations is an error, the dearest branch
+    of a `cond` counts.
     """
     return executed_flops_of(jax.make_jaxpr(function)(*arguments))
 
 
-def executed_flops_of(jaxpr: Any) -> float:
+def executed_flops_of(jaxpr: Any) -> Executed:
     """As `executed_flops`, of a program that is traced already."""
     return _count(jaxpr.jaxpr, 1)
 
 
-def _count(jaxpr: Any, expert_parts: int) -> float:
-    return sum(_count_equation(equation, expert_parts) for equation in jaxpr.eqns)
+def _count(jaxpr: Any, expert_parts: int) -> Executed:
+    return sum((_count_equation(equation, expert_parts) for equation in jaxpr.eqns), Executed())
 
 
-def _count_equation(equation: Any, expert_parts: int) -> float:
+def _count_equation(equation: Any, expert_parts: int) -> Executed:
     """`expert_parts`: over how many devices the rows of a ragged matmul are shared out."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         inner = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-        return 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+        return Executed(known=2.0 * inner * math.prod(equation.outvars[0].aval.shape))
     if name in ("ragged_dot", "ragged_dot_general"):
         rows, inner = equation.invars[0].aval.shape[-2:]
         # Every device has room for all rows of its expert group; together they fill it once.
-        return 2.0 * rows * inner * _ragged_outputs(equation) / expert_parts
-    if name == "wgmma_ref":
-        raise NotImplementedError(
-            "our Hopper kernels visit as many blocks as the rows need, known only when they run"
-        )
+        return Executed(known=2.0 * rows * inner * _ragged_outputs(equation) / expert_parts)
+    if name in ("pallas_call", "mpmd_map", "core_map"):
+        kernel = str(params.get("name") or params.get("name_and_src_info")).split(" ")[0]
+        if kernel in _KERNEL_MATMULS:
+            # The first array of four dimensions or more is q: [B, T, N, H] or [B, K, G, T, H].
+            queries = next(v.aval.shape for v in equation.invars if len(v.aval.shape) >= 4)
+            return Executed(per_key=2.0 * _KERNEL_MATMULS[kernel] * math.prod(queries))
     if name == "cond":
-        return max(_count(branch.jaxpr, expert_parts) for branch in params["branches"])
+        branches = [_count(branch.jaxpr, expert_parts) for branch in params["branches"]]
+        return max(branches, key=lambda branch: (branch.known, branch.per_key))
     times = 1
     if name == "scan":
         times = params["length"]
@@ -247,13 +277,13 @@ def _count_equation(equation: Any, expert_parts: int) -> float:
         grid = params["grid_mapping"].grid
         if not all(isinstance(size, int) for size in grid):
             raise NotImplementedError(
-                "a kernel visits as many blocks as its rows need, known only when it runs"
+                f"the grid of the kernel {kernel} is known only when it runs; name its matmuls in flops.py"
             )
         times = math.prod(grid)
-    inner_flops = sum(_count(inner, expert_parts) for inner in _inner(params))
-    if name == "while" and inner_flops:
+    inner_flops = sum((_count(inner, expert_parts) for inner in _inner(params)), Executed())
+    if name == "while" and inner_flops != Executed():
         raise NotImplementedError("a while loop with matmuls has no known number of iterations; use scan")
-    return times * inner_flops
+    return inner_flops.times(times)
 
 
 def _inner(params: dict[str, Any]) -> Iterable[Any]:

@@ -254,7 +254,7 @@ class _Loop:
             ),
         )
         # What a step executes, by the rows of its batch; known when it has been traced.
-        self._step_flops: dict[int, float | None] = {}
+        self._step_flops: dict[int, flops.Executed | None] = {}
         self._executed = 0.0  # FLOPs since the last line
         self._packed = {"packed_tokens": 0.0, "packed_pairs": 0.0}  # since the last line
         self.writers = Writers([])
@@ -294,7 +294,7 @@ class _Loop:
                     # Read the metrics of the step before while this one runs: the device never waits for the host.
                     if pending is not None:
                         self._record(step, *pending, progress)
-                pending = metrics, self.batches.report(), self._step_flops[rows]
+                pending = metrics, self.batches.report(), rows
                 step += 1
                 watchdog.beat(step)
                 due = self._is_due(step, last_step)
@@ -330,10 +330,10 @@ class _Loop:
         step: int,
         metrics: Mapping[str, Any],
         report: Mapping[str, Any],
-        executed_flops: float | None,
+        rows: int,
         progress: ProgressView,
     ) -> None:
-        """Bring the metrics of finished step `step` to the host: ledger, line, progress."""
+        """Bring the metrics of finished step `step`, which took `rows` rows, to the host: ledger, line, progress."""
         values = jax.device_get(metrics)
         if not values["ok"]:
             entry = self.ledger.skip(
@@ -351,7 +351,10 @@ class _Loop:
                 )
         for name in self._packed:
             self._packed[name] += float(values[name])
-        self._executed += executed_flops or 0.0
+        executed = self._step_flops[rows]
+        if executed is not None:
+            queries = self.config.model.num_layers * rows * self.objective.tokens_per_row
+            self._executed += executed.total(float(values["packed_pairs"]) / queries)
         if step % self.config.run.log_every_steps and step != self.config.run.last_step:
             return
         logged_step, logged_s = self._logged
@@ -393,7 +396,7 @@ class _Loop:
             peak_flops=self.peak_flops,
         )
 
-    def _executed_flops(self, state: TrainState, batch: Any, progress: ProgressView) -> float | None:
+    def _executed_flops(self, state: TrainState, batch: Any, progress: ProgressView) -> flops.Executed | None:
         """FLOPs of the step as it is traced; tracing is kept for the call that follows."""
         try:
             return flops.executed_flops_of(self.train_step.trace(state, batch).jaxpr)

@@ -138,10 +138,7 @@ def measure(options: Options, config: TrainConfig) -> dict[str, Any]:
     )
     state = init_state(model, vocab_size, optimizer, config.run.seed, mesh, config.health)
     batch = jax.device_put(rows(config, options.median_document, seed=0))
-    try:
-        executed = flops.executed_flops_of(step.trace(state, batch).jaxpr)
-    except NotImplementedError:  # our kernels visit what the documents need
-        executed = None
+    executed = flops.executed_flops_of(step.trace(state, batch).jaxpr)
     began = time.perf_counter()
     state, metrics = step(state, batch)
     losses = [float(metrics["loss"])]
@@ -159,6 +156,7 @@ def measure(options: Options, config: TrainConfig) -> dict[str, Any]:
     needed = flops.flops_of_counts(
         model, vocab_size, tokens=float(metrics["packed_tokens"]), pairs=float(metrics["packed_pairs"])
     )
+    keys_per_query = float(metrics["packed_pairs"]) / (model.num_layers * tokens)
     report = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -176,7 +174,7 @@ def measure(options: Options, config: TrainConfig) -> dict[str, Any]:
             model, vocab_size, config.data.row_length, tokens_per_second=tokens / step_s, peak_flops=peak
         ),
         "mfu_packed": needed / step_s / peak,
-        "hfu": None if executed is None else flops.hfu(executed, step_seconds=step_s, peak_flops=peak),
+        "hfu": flops.hfu(executed.total(keys_per_query), step_seconds=step_s, peak_flops=peak),
         "peak": source,
         "memory_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "losses": losses,
@@ -232,10 +230,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
         f"remat {report['remat']}",
         f"step {1e3 * report['step_s']:.1f} ms ({1e3 * low:.1f}..{1e3 * high:.1f}), first {report['first_step_s']:.1f} s, "
         f"{report['tokens_per_second']:,.0f} tokens/s",
-        f"mfu {report['mfu']:.1%}, mfu_packed {report['mfu_packed']:.1%}, hfu "
-        + ("unknown" if report["hfu"] is None else f"{report['hfu']:.1%}")
-        + f" ({report['peak']}); memory "
-        + ("unknown" if memory is None else f"{memory / 2**30:.1f} GiB"),
+        f"mfu {report['mfu']:.1%}, mfu_packed {report['mfu_packed']:.1%}, hfu {report['hfu']:.1%} ({report['peak']}); "
+        "memory " + ("unknown" if memory is None else f"{memory / 2**30:.1f} GiB"),
     ]
     for row in report.get("profile", {}).get("top", []):
         lines.append(f"{row['ms']:>10.2f} ms {row['calls']:>7.0f} x  {row['name'][:90]}")
