@@ -279,6 +279,9 @@ def _shares(spec: JobSpec) -> dict[str, str]:
     if spec.devices:
         name = "TPU_VISIBLE_DEVICES" if spec.device_kind.upper().startswith("TPU") else "CUDA_VISIBLE_DEVICES"
         shares[name] = ",".join(map(str, spec.devices))
+    else:
+        # Where jax's TPU package is installed it would look for chips first, and abort in a jail without /sys.
+        shares["JAX_PLATFORMS"] = "cpu"
     return shares
 
 
