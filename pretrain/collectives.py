@@ -27,6 +27,11 @@ _TRIP_COUNT = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d
 _SCALAR = re.compile(r"=\s*[su]32\[\]\S*\s+constant\((\d+)\)")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+(?:,\d+)*)\]<=\[(\d+(?:,\d+)*)\](?:T\((\d+(?:,\d+)*)\))?")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:,?\s*device_ids=\(([^{]*)\))?\s*\{([^}]*)\}")
+# Between slices XLA:TPU sends to the host, whose runtime does the collective: "{1,2}x{0:15}" are devices 0 to 15 of two
+# slices, and equal places of all slices form a group.
+_BETWEEN_SLICES = re.compile(
+    r'\bsend\(.*_xla_megascale_target="\{([\d,]+)\}x.*_xla_megascale_transfer_type="(\w+)"'
+)
 _CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 
@@ -120,6 +125,8 @@ def _names(value: str) -> list[str]:
 
 def _kind(text: str) -> str | None:
     """The kind of a collective instruction; of an asynchronous pair the start counts."""
+    if between := _BETWEEN_SLICES.search(text):
+        return between[2].lower().replace("_", "-")
     operation = re.search(r"(?:^|\s)([a-z][\w\-]*)\(", text)
     if operation is None:
         return None
@@ -186,6 +193,8 @@ def _result_bytes(text: str, kind: str, *, asynchronous: bool) -> float:
         _BYTES.get(dtype, 1) * math.prod(int(d) for d in dims.split(",") if d)
         for dtype, dims in _ARRAY.findall(declared)
     ]
+    if _BETWEEN_SLICES.search(text):  # (what is sent, a context, a token)
+        return float(sizes[0])
     if not asynchronous or kind == "all-reduce":  # an all-reduce's start has the type of its result
         return float(sum(sizes))
     large = [size for size in sizes if size > 4]  # a permute's start carries two flags
@@ -194,6 +203,9 @@ def _result_bytes(text: str, kind: str, *, asynchronous: bool) -> float:
 
 def _groups(text: str, kind: str, num_devices: int) -> np.ndarray:
     """Members of each group, [groups, members]; pairs (source, target) for a permute."""
+    if between := _BETWEEN_SLICES.search(text):
+        num_slices = between[1].count(",") + 1
+        return np.arange(num_devices).reshape(num_slices, -1).T
     if iota := _IOTA_GROUPS.search(text):
         shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
         ids = np.arange(math.prod(source or [])).reshape(source or [])

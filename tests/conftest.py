@@ -44,8 +44,6 @@ ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = (
 UNPROVEN: tuple[str, ...] = (
     "pretrain/scaling/test_coordinates.py",
     "pretrain/scaling/test_main.py",
-    "pretrain/scaling/test_report.py",
-    "synth/sbp/test_kill.py",
     "tools/test_thesis.py",
 )
 
@@ -55,8 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for warning, _reason in ALLOWED_WARNINGS:
         config.addinivalue_line("filterwarnings", warning)
     # The default tests compile thousands of tiny programs and compute next to nothing: LLVM's optimizations would be
-    # half of their time. Slow tests, which run real models and compare with peers, keep them.
-    if "slow" not in (config.getoption("markexpr") or ""):
+    # half of their time. Tests asked for by their mark run real models, compare with peers, compile for chips.
+    if not config.getoption("markexpr"):
         os.environ["XLA_FLAGS"] += (
             " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         )
@@ -75,6 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for name, remedy in (
         ("slow", "minutes, or an optional package: run with -m slow"),
         ("device", "needs an accelerator: run with -m device"),
+        ("pods", "compiles for many chips, minutes each: run with -m pods"),
     ):
         if name not in expression:
             for item in items:

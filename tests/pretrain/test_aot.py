@@ -138,23 +138,21 @@ def test_a_step_compiles_for_tpus_with_every_part_of_the_report(tmp_path):
     assert "step time between" in done.stdout
 
 
-UNPROVEN = pytest.mark.skip(reason="not compiled to the end yet: minutes each on a quiet machine")
 # Config, topology and what of the config suits it: each is to fit, by the compiler's own count.
 FITTING = [
-    pytest.param(("moe_8x1b.py", "aot.topology=v5e:16x16"), id="experts on 256 v5e"),
-    pytest.param(("llama_8b.py", "aot.topology=v5p:4x4x4"), id="8b on 64 v5p", marks=UNPROVEN),
-    pytest.param(("llama_8b.py", "aot.topology=v6e:16x16"), id="8b on 256 v6e", marks=UNPROVEN),
-    pytest.param(("llama_70b.py", "aot.topology=v5p:8x8x16"), id="70b on 1024 v5p", marks=UNPROVEN),
+    pytest.param(("moe_8x1b.py", "aot.topology=v5e:16x16"), id="experts on 256 v5e", marks=pytest.mark.pods),
+    pytest.param(("llama_8b.py", "aot.topology=v5p:4x4x4"), id="8b on 64 v5p", marks=pytest.mark.slow),
+    pytest.param(("llama_8b.py", "aot.topology=v6e:16x16"), id="8b on 256 v6e", marks=pytest.mark.pods),
+    pytest.param(("llama_70b.py", "aot.topology=v5p:8x8x16"), id="70b on 1024 v5p", marks=pytest.mark.pods),
     pytest.param(
         ("llama_1b.py", "aot.topology=v5e:4x4", "aot.num_slices=2", "mesh.replica=2"),
         id="1b on two slices of 16 v5e",
-        marks=UNPROVEN,
+        marks=pytest.mark.pods,
     ),
 ]
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.parametrize("arguments", FITTING)
 def test_configs_of_pods_compile_and_fit(arguments, tmp_path):
     done = aot(*arguments, f"aot.report={tmp_path / 'r.json'}")
@@ -180,8 +178,7 @@ def test_8b_does_not_fit_four_small_chips(tmp_path):
     importlib.util.find_spec("jax_cuda12_plugin") is None or not H100.is_file(),
     reason="the [cuda] extra or the description of the target is not there",
 )
-@UNPROVEN
-@pytest.mark.slow
+@pytest.mark.pods
 def test_1b_fits_eight_h100s_that_are_not_there(tmp_path):
     done = aot(
         "llama_1b.py", "aot.topology=1x1x8", f"aot.target_config={H100}", f"aot.report={tmp_path / 'r.json'}"

@@ -69,6 +69,26 @@ def test_kinds_axes_bytes_and_loops_of_a_text():
     assert count(found.values(), loop_trips=3) == {"all-gather": 1}
 
 
+BETWEEN_SLICES = """
+HloModule step
+
+ENTRY %main (x: bf16[16,8]) -> bf16[16,8] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  %send = (bf16[16,8]{1,0}, u32[], token[]) send(%x, %after), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="r_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=6, is_host_transfer=true
+  %plain = (bf16[16,8]{1,0}, u32[], token[]) send(%x, %after), channel_id=7, is_host_transfer=true
+  ROOT %recv-done = (bf16[16,8]{1,0}, token[]) recv-done(%recv), channel_id=6, is_host_transfer=true
+}
+"""
+
+
+def test_what_the_hosts_of_slices_reduce_for_their_devices_goes_over_the_slow_axis():
+    """The table had no traffic between slices once: the gradients' all-reduce is a send to the host there."""
+    (found,) = find_collectives(BETWEEN_SLICES, MESH)
+    assert (found.kind, found.axes, found.group_size) == ("all-reduce", ("replica",), 2)
+    assert found.bytes_sent == 2 * 16 * 8
+
+
 def test_a_real_loop_counts_its_trips():
     """A ZeRO-3 loop: the weights of five layers, gathered over fsdp one at a time."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), tuple(MESH), axis_types=(AxisType.Explicit,) * 2)
