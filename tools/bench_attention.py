@@ -41,6 +41,7 @@ from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, allowed_BTS
 from pretrain.rundir import write_atomic, write_json_atomic
 
 DIRECTIONS = ("fwd", "bwd")
+PACKINGS = ("causal", "packed")
 # TFLOP/s to ship at and to aim at on an H100: {(direction, width, length, packing): (ship, aim)}.
 TARGETS = {
     ("fwd", 128, 4096, "causal"): (480, 570),
@@ -56,7 +57,6 @@ TOLERANCE = {
     "float32": dict.fromkeys(("o", "dq", "dk", "dv"), 5e-5),
 }
 OURS = ("pallas_hopper", "pallas_tpu", "tpu_interpret")
-PACKED = (*OURS, "xla")  # those that know packed rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +140,11 @@ class Entrant:
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, plan: PackPlan | None) -> jax.Array:
         return self.attend(q, k, v, plan)
+
+
+def knows(name: str, packing: str) -> bool:
+    """Peers know no packed rows."""
+    return packing == "causal" or name in (*OURS, "xla")
 
 
 def implementation(name: str, shapes: Shapes, config: Any = None) -> Entrant | str:
@@ -351,7 +356,7 @@ def problems_of(size: Size) -> Iterator[tuple[int, int]]:
 
 def cases_of(length: int, width: int) -> Iterator[Case]:
     """Causal and packed, forward and backward."""
-    for packing, direction in itertools.product(("causal", "packed"), DIRECTIONS):
+    for packing, direction in itertools.product(PACKINGS, DIRECTIONS):
         yield Case(direction=direction, width=width, length=length, packing=packing)
 
 
@@ -423,8 +428,7 @@ def admit(size: Size, width: int, seed: int) -> tuple[dict[str, Entrant], list[d
         if isinstance(f, str):
             rows.append({"impl": name, "width": width, "absent": f})
             continue
-        # Peers know no packed rows.
-        packings = ("causal", "packed") if name in PACKED else ("causal",)
+        packings = [packing for packing in PACKINGS if knows(name, packing)]
         errors = {packing: errors_against_float64(f, size, width, packing, seed) for packing in packings}
         # `not <=` and not `>`: NaN is wrong.
         wrong = [
@@ -473,10 +477,11 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     for length, width in problems_of(size):
         rows = rows_of(size, length)
         shapes = shapes_of(size, width, length, rows)
-        plan = make_plan(None, AttentionSpec(), seq_len=length, batch=rows)
-        for name, entrant in admitted[width].items():
-            if name != "xla" or length <= size.dense_limit:
-                jobs[length, width, name] = entrant, shapes, plan
+        # Packed rows take blocks of their own, hence programs of their own.
+        for packing, name in itertools.product(PACKINGS, admitted[width]):
+            if knows(name, packing) and (name != "xla" or length <= size.dense_limit):
+                plan = plan_of(size, Case(direction="fwd", width=width, length=length, packing=packing), rows)
+                jobs[length, width, packing, name] = admitted[width][name], shapes, plan
     programs = compiled(jobs, log)
     log(f"{3 * len(programs)} programs compiled after {time.perf_counter() - began:.0f} s")
     table, left_out = [], []
@@ -486,9 +491,9 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
                 left_out.append(dataclasses.asdict(case))
                 continue
             entrants = {
-                name: (jobs[length, width, name][0], programs[length, width, name])
+                name: (admitted[width][name], programs[length, width, case.packing, name])
                 for name in size.implementations
-                if (length, width, name) in programs and (case.packing == "causal" or name in PACKED)
+                if (length, width, case.packing, name) in programs
             }
             rows = run_case(size, case, entrants, peaks[0], options) if entrants else []
             table += rows

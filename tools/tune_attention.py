@@ -107,7 +107,8 @@ def measure(
     shapes = bench.shapes_of(size, width, length, rows)
     timing = bench.Options(size=options.size, samples=options.samples)
     jobs, of_name = {}, {}
-    plan = bench.make_plan(None, bench.AttentionSpec(), seq_len=length, batch=rows)
+    case = bench.Case(direction="fwd", width=width, length=length, packing=packing)
+    plan = bench.plan_of(size, case, rows)
     for blocks in candidates(impl, width)[: options.max_configs]:
         entrant = bench.implementation(impl, shapes, blocks)
         if isinstance(entrant, str):
@@ -125,8 +126,7 @@ def measure(
         return None
     best = {}
     for direction in bench.DIRECTIONS:
-        case = bench.Case(direction=direction, width=width, length=length, packing=packing)
-        rows = bench.run_case(size, case, functions, 1.0, timing)
+        rows = bench.run_case(size, dataclasses.replace(case, direction=direction), functions, 1.0, timing)
         rows.sort(key=lambda row: row["median_ms"])
         for row in rows[:5]:
             log(
@@ -193,7 +193,7 @@ def main(argv: Sequence[str], log: Callable[[str], None] = print) -> int:
         chip = configs.TPU_CHIPS.get(device.device_kind, "v5e")
         for width in size.widths:
             rows = {}
-            for packing in ("causal", "packed"):
+            for packing in bench.PACKINGS:
                 blocks = measure(impl, width, packing, options, log)
                 if blocks is None:
                     raise ConfigError(
