@@ -145,7 +145,6 @@ class LmEvalConfig:
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {"test": str(path.absolute())}},
             "test_split": "test",
-            "target_delimiter": " ",
             "metadata": {"version": task.version},
             **_form(items),
         }
@@ -164,7 +163,8 @@ def _document(item: Item) -> dict[str, Any]:
                 "target": _without_blank(item.continuations[0]),
             }
         case LastWord():
-            return {"text": item.context, "target": _without_blank(item.word)}
+            # Here the harness joins the two without the delimiter.
+            return {"text": item.context, "target": item.word}
     raise ConfigError(f"the harness is handed choices and last words, got {type(item).__name__}")
 
 
@@ -177,9 +177,14 @@ def _without_blank(continuation: str) -> str:
 def _form(items: Sequence[Item]) -> dict[str, Any]:
     """How the harness reads such documents. Where contexts differ, its text is the index of the right one."""
     metrics = [{"metric": "acc"}]
-    form: dict[str, Any] = {"doc_to_text": "text", "doc_to_target": "target", "metric_list": metrics}
+    form: dict[str, Any] = {
+        "doc_to_text": "text",
+        "doc_to_target": "target",
+        "target_delimiter": " ",
+        "metric_list": metrics,
+    }
     if isinstance(items[0], LastWord):
-        return {**form, "output_type": "loglikelihood"}
+        return {**form, "output_type": "loglikelihood", "target_delimiter": ""}
     if isinstance(items[0], Choice) and len(set(items[0].contexts)) == 1:
         metrics.append({"metric": "acc_norm"})
     return {**form, "output_type": "multiple_choice", "doc_to_choice": "options"}

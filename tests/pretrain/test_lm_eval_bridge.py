@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pretrain.evals.tasks import Lambada, Options, Winogrande
+from pretrain.evals.likelihood import continuation_scores
+from pretrain.evals.tasks import Lambada, LastWord, Options, Winogrande
 from pretrain.evaluate import EvaluateConfig, evaluate
 from pretrain.hf import export_model
 from pretrain.model.transformer import ModelConfig, abstract_params
@@ -69,9 +70,24 @@ def test_the_harness_finds_the_same_accuracies(root, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     shared = {"model": str(root / "model"), "tasks": TASKS, "data_root": str(root), "row_length": 128, "workdir": str(tmp_path)}  # fmt: skip
     ours = evaluate(EvaluateConfig(**shared), name="ours")["tasks"]
+    asked = set()
+
+    def spied(scorer, words, pairs, add_bos):
+        asked.update(pairs)
+        return continuation_scores(scorer, words, pairs, add_bos)
+
+    monkeypatch.setattr(bridge, "continuation_scores", spied)
     theirs = bridge.LmEvalConfig(**shared).run(name="theirs")["results"]
     for task in TASKS:
         metrics = theirs[f"local_{task.name}"]
         assert metrics["acc,none"] == pytest.approx(ours[task.name]["metrics"]["accuracy"]["value"])
     per_byte = ours["options"]["metrics"]["accuracy_per_byte"]["value"]
     assert theirs["local_options"]["acc_norm,none"] == pytest.approx(per_byte)
+    # A random model gets no last word right however it is asked.
+    assert asked == {pair for task in TASKS for item in task.items(str(root)) for pair in _pairs(item)}
+
+
+def _pairs(item):
+    if isinstance(item, LastWord):
+        return [(item.context, item.word)]
+    return list(zip(item.contexts, item.continuations, strict=True))
