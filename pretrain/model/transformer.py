@@ -82,8 +82,8 @@ class ModelConfig:
     context_attention: Literal["gather", "ring"] = local("gather")
     scan_layers: bool = local(True)
     # What the backward pass finds in memory: inputs of layers; attention results too; both, but in the memory of the
-    # host; everything.
-    remat: Literal["full", "save_attention", "offload", "none"] = local("none")
+    # host; both and the products with weights (not those of experts); everything.
+    remat: Literal["full", "save_attention", "offload", "save_products", "none"] = local("none")
 
     def __post_init__(self):
         faults = []
@@ -101,7 +101,7 @@ class ModelConfig:
         for name, allowed in (
             ("activation", ("silu", "gelu_tanh")),
             ("dtype", ("float32", "bfloat16")),
-            ("remat", ("full", "save_attention", "offload", "none")),
+            ("remat", ("full", "save_attention", "offload", "save_products", "none")),
             ("context_attention", ("gather", "ring")),
         ):
             if getattr(self, name) not in allowed:
@@ -304,15 +304,22 @@ def block_definition(config: ModelConfig, product: Any = linear) -> Any:
 
 
 def _remat(config: ModelConfig, function: Any) -> Any:
+    policies = jax.checkpoint_policies
     match config.remat:
         case "none":
             return function
         case "full":
-            policy = jax.checkpoint_policies.nothing_saveable
+            policy = policies.nothing_saveable
         case "save_attention":
-            policy = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+            policy = policies.save_only_these_names("attn_out", "attn_lse")
+        case "save_products":
+            # Scores of a dense attention are products with batch dims: they are not saved.
+            policy = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable,
+                policies.save_only_these_names("attn_out", "attn_lse"),
+            )
         case "offload":
-            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            policy = policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],
                 names_which_can_be_offloaded=["layer_in", "attn_out", "attn_lse"],
                 offload_src="device",

@@ -68,20 +68,21 @@ def test_the_walk_finds_six_flops_a_matmul_parameter_and_the_whole_square_of_the
     assert flops.executed_flops(function, *arguments).known == matmul + square + weighted_sums
 
 
-def test_recomputation_is_one_more_forward_pass_of_the_layers():
+def test_recomputation_is_one_more_forward_pass_of_the_layers_or_of_the_scores_alone():
     """Less the last matmul of a layer, whose result no gradient asks for."""
     rows, length = 2, 16
-    plain, full = (
+    plain, full, products = (
         flops.executed_flops(
             *(lambda f, a: (f, *a))(*gradient(dataclasses.replace(DENSE, remat=r), rows, length))
         ).known
-        for r in ("none", "full")
+        for r in ("none", "full", "save_products")
     )
     head = VOCAB * 24
     blocks = flops.count_params(DENSE, VOCAB).matmul - head
     attention = DENSE.num_layers * 4 * length**2 * 4 * 8 * rows
     last = DENSE.num_layers * 40 * 24
     assert full - plain == 2 * (blocks - last) * rows * length + attention
+    assert products - plain == attention  # nothing names the result of the dense path
 
 
 def test_a_scan_counts_its_length_and_an_unknown_loop_is_refused():

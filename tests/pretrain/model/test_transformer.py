@@ -203,7 +203,11 @@ def test_a_changed_document_changes_no_other_bit():
 
 
 @pytest.mark.parametrize(
-    "change", [{"scan_layers": False}, {"remat": "full"}, {"remat": "save_attention"}, {"remat": "offload"}]
+    "change",
+    [
+        {"scan_layers": False},
+        *({"remat": kind} for kind in ("full", "save_attention", "offload", "save_products")),
+    ],
 )
 def test_scan_and_remat_change_nothing(change):
     params = random_params(GEMMA)
