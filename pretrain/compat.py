@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.lib import cuda_versions  # jax names it in no public module
 from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
@@ -35,9 +36,7 @@ def mosaic_gpu_reasons() -> list[str]:
 
 
 def cuda_version() -> tuple[int, int, int] | None:
-    """Of the CUDA that jax runs with, or None without one; jax names it in no public module."""
-    from jax._src.lib import cuda_versions
-
+    """Of the CUDA that jax runs with, or None without one."""
     if cuda_versions is None:
         return None
     number = cuda_versions.cuda_runtime_get_version()
