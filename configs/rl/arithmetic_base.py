@@ -40,7 +40,7 @@ def get_config() -> TrainConfig:
         ),
         optim=OptimConfig(method=AdamWConfig(), peak_lr=2e-3, schedule=WarmupCosine(num_warmup_steps=20)),
         loss=LossConfig(chunk_tokens=2048),
-        run=RunConfig(num_steps=400, log_every_steps=20, eval_every_steps=200),
-        checkpoint=CheckpointPolicy(every_steps=200),
+        run=RunConfig(num_steps=240, log_every_steps=20, eval_every_steps=120),
+        checkpoint=CheckpointPolicy(every_steps=120),
         sample=SampleConfig(prompts=("12+34=",), max_new_tokens=6),
     )

@@ -27,17 +27,17 @@ def get_config() -> RlConfig:
             problems=ArithmeticConfig(max_operand=99, num_train=4000, num_heldout=200),
             reward=NumberReward(),
             tokenizer=BytesConfig(),
-            prompts_per_step=32,
+            prompts_per_step=128,
             samples_per_prompt=8,
             max_prompt_tokens=8,
             max_new_tokens=5,
-            slots=128,
+            slots=256,
         ),
         optim=OptimConfig(
-            method=AdamWConfig(), peak_lr=3e-4, schedule=Constant(num_warmup_steps=5), weight_decay=0.0
+            method=AdamWConfig(), peak_lr=1e-4, schedule=Constant(num_warmup_steps=5), weight_decay=0.0
         ),
         loss=PolicyLossConfig(),
-        run=RunConfig(num_steps=300, log_every_steps=5, eval_every_steps=25),
+        run=RunConfig(num_steps=300, log_every_steps=10, eval_every_steps=20),
         checkpoint=CheckpointPolicy(every_steps=50),
         sample=SampleConfig(prompts=()),
     )
