@@ -77,7 +77,7 @@ def init_health(config: HealthConfig = HealthConfig()) -> dict[str, Array]:
     return {
         "loss_window": jnp.zeros(config.window_steps, jnp.float32),
         "norm_window": jnp.zeros(config.window_steps, jnp.float32),
-        "accepted": jnp.zeros((), jnp.int32),
+        "accepted": jnp.zeros((), jnp.int32),  # into the windows, since they began
         "skipped": jnp.zeros((), jnp.int32),
         "consecutive_skips": jnp.zeros((), jnp.int32),
         "reason": jnp.zeros((), jnp.int32),  # index into REASONS
@@ -117,6 +117,20 @@ def guard(
         "consecutive_skips": (health["consecutive_skips"] + skip) * skip,
         "reason": reason,
     }, ok
+
+
+def renewed(
+    health: Mapping[str, Array], step: UInt32[Array, ""], new_data_steps: Sequence[int]
+) -> dict[str, Array]:
+    """The guard's state before a step; where the data changes its kind the windows begin anew.
+
+    What was usual before says nothing about what is usual then: without this a mixture of another difficulty is one
+    long spike, and ends the run.
+    """
+    if not new_data_steps:
+        return dict(health)
+    begins = jnp.any(step == jnp.asarray(new_data_steps, step.dtype))
+    return {**health, "accepted": jnp.where(begins, 0, health["accepted"])}
 
 
 def _limit(window: Array, filled: Array, accepted: Array, config: HealthConfig) -> Array:

@@ -51,12 +51,17 @@ class Evaluation:
 
 
 class Objective(Protocol):
-    """What the loop asks of its purpose. `labels` name the sources of the loss; `fingerprint` is what may not change."""
+    """What the loop asks of its purpose.
+
+    `labels` name the sources of the loss; `fingerprint` is what may not change; from `new_data_steps` on batches are of
+    another kind than before.
+    """
 
     tokenizer: Tokenizer
     labels: Sequence[str]
     fingerprint: str
     tokens_per_row: int
+    new_data_steps: Sequence[int]
     loss: LossFunction
 
     def tokens_before(self, step: int) -> int:
@@ -88,6 +93,8 @@ class RowObjective:
         self.data, self._config, self._seed, self._num_steps = data, config, seed, num_steps
         self.tokenizer, self.labels, self.fingerprint = data.tokenizer, data.labels, data.fingerprint
         self.tokens_per_row = config.row_length
+        starts = {stage.start_step for stage in (*config.stages, *config.batch_stages)}
+        self.new_data_steps = sorted(starts - {0})
         self.loss = language_model_loss(model, loss, len(data.labels))
         self._batches: RowBatches | None = None
         self._eval_step: Any = None

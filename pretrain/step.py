@@ -7,7 +7,7 @@ microbatches beyond rounding.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from pretrain.config import ConfigError
 from pretrain.data.batch import Batch
-from pretrain.health import HealthConfig, guard, init_health, keep_if
+from pretrain.health import HealthConfig, guard, init_health, keep_if, renewed
 from pretrain.loss import LossConfig, LossSums, cross_entropy
 from pretrain.model.adapters import trained_part, with_trained_part
 from pretrain.model.transformer import (
@@ -207,11 +207,13 @@ def make_train_step(
     mesh: Mesh | None = None,
     num_microbatches: int = 1,
     health: HealthConfig = HealthConfig(),
+    new_data_steps: Sequence[int] = (),
     learning_rate: Callable[[jax.Array], jax.Array] | None = None,
     counts: Callable[[Batch], dict[str, jax.Array]] | None = None,
 ) -> OnMesh:
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated, do not touch it afterwards.
 
+    At `new_data_steps` batches become of another kind, and the guard forgets what was usual.
     Metrics: loss (nats per token), z, weight (target tokens), grad_norm, learning_rate, ok, skipped, consecutive_skips,
     reason (index into health.REASONS), nll_by_source, weight_by_source.
     """
@@ -226,7 +228,8 @@ def make_train_step(
         sums, grads = _sums_and_gradient(loss_of, trained, batch, num_microbatches)
         grads = jax.tree.map(lambda g: _mean(g, sums.weight), grads)
         grad_norm = optax.tree.norm(grads)
-        guard_state, ok = guard(state.health, _mean(sums.objective, sums.weight), grad_norm, health)
+        before = renewed(state.health, state.step, new_data_steps)
+        guard_state, ok = guard(before, _mean(sums.objective, sums.weight), grad_norm, health)
         with jax.numpy_dtype_promotion("standard"):
             load_LE = None if sums.router is None else sums.router.load_E
             updates, opt_state = optimizer.update(

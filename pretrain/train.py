@@ -248,6 +248,7 @@ class _Loop:
             mesh=mesh,
             num_microbatches=config.run.num_microbatches,
             health=config.health,
+            new_data_steps=objective.new_data_steps,
             learning_rate=lambda step: config.optim.learning_rate(step, config.run.num_steps),
             counts=lambda batch: flops.packed_counts(
                 config.model, batch.segment_ids_BT1[:, :-1], batch.positions_BT1[:, :-1]

@@ -50,6 +50,7 @@ class GrpoObjective:
         self.tokenizer = config.data.tokenizer.build("", _no_texts)
         self.labels: Sequence[str] = TERMS
         self.tokens_per_row = config.data.row_length
+        self.new_data_steps: Sequence[int] = ()
         self.loss = policy_loss(config.model, config.loss)
         self._heldout = config.data.problems.heldout()
         train = config.data.problems.train()

@@ -109,6 +109,25 @@ def test_spikes_count_from_the_64th_accepted_step_over_the_last_128():
     assert decisions == [True] * 200 + [False], "what lies more than 128 accepted steps back no longer counts"
 
 
+@pytest.mark.parametrize("changes", [(), (150,), (40, 150)])
+def test_where_the_data_changes_its_kind_the_windows_begin_anew(changes):
+    values = [(2.0 + 0.1 * (-1) ** i, 1.0) for i in range(150)] + [
+        (5.0 + 0.1 * (-1) ** i, 3.0) for i in range(80)
+    ]
+    values.append((9.0, 3.0))
+
+    @jax.jit
+    def step(state, number, loss, norm):
+        return health.guard(health.renewed(state, number, changes), loss, norm, HealthConfig())
+
+    state, decisions = health.init_health(), []
+    for number, (loss, norm) in enumerate(values):
+        state, ok = step(state, jnp.int32(number), jnp.float32(loss), jnp.float32(norm))
+        decisions.append(bool(ok))
+    # What comes later is judged by its own kind.
+    assert decisions == [True] * 150 + [bool(changes)] * 80 + [False]
+
+
 def test_a_flat_window_does_not_make_rounding_a_spike():
     decisions, _ = run_guard([(2.0, 1.0)] * 8 + [(2.0 + 1e-6, 1.0 + 1e-6), (2.1, 1.0)])
     assert decisions == [True] * 9 + [False]
