@@ -331,7 +331,8 @@ class StopSignal:
 
 class Watchdog:
     """A thread that ends a hung process: no step for max(min_limit_s, factor x median step) dumps every stack
-    to stderr and `report`, then exits with code 5, for the launcher to start it again.
+    to stderr and `report`, then exits with code 5, for the launcher to start it again. Until a step has been timed the
+    limit is `startup_limit_s`.
 
     Call `beat(step)` after each step and wrap work that may rightly take longer in `patience(seconds)`.
     """
@@ -388,7 +389,8 @@ class Watchdog:
         """Seconds of silence after which the process ends."""
         median_s = statistics.median(self._durations_s) if self._durations_s else 0.0
         limit_s = max(self._min_limit_s, self._factor * median_s, self._patience_s)
-        return limit_s if self._step is not None else max(limit_s, self._startup_limit_s)
+        # Until a step has been timed nobody knows how long one takes: those that compile are not.
+        return limit_s if self._durations_s else max(limit_s, self._startup_limit_s)
 
     def _now(self) -> float:
         """Seconds on a clock that stands still while the process is stopped."""

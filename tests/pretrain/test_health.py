@@ -368,5 +368,7 @@ def test_watchdog_ends_with_its_block():
     with Watchdog(min_limit_s=0.05, startup_limit_s=0.3) as dog:
         assert dog.limit_s == 0.3
         dog.beat(0)
+        assert dog.limit_s == 0.3, "no step has been timed yet"
+        dog.beat(1)
         assert dog.limit_s == 0.05
     time.sleep(0.5)  # a running watchdog would end the test session here
