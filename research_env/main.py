@@ -1,4 +1,4 @@
-"""`python -m research_env.main --config FILE key=value ...`: search a codebase for improvements and write the page."""
+"""`python -m research_env.main --config FILE key=value ...`: search a codebase for improvements, or learn to have ideas."""
 
 import functools
 import sys
@@ -14,21 +14,29 @@ from research_env.dashboards.live import LiveTable
 from research_env.dashboards.page import write_page
 from research_env.env import AIResearchEnv
 from research_env.records import Resource
-from research_env.schedule import Devices
+from research_env.rl.experiment import IdeatorRlConfig, run_experiment, table, verdicts
+from research_env.schedule import Devices, OutOfBudget
 from research_env.search.campaign import ArmResult, confirm_best, measure_noise, run_arm
 from research_env.search.recipe import ResearchConfig, build_arm, build_maker
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a campaign; the return value is the process' exit code (2: bad input, 1: the baseline fails)."""
+    """Run what a config describes; the return value is the process' exit code.
+
+    0 done, 2 bad input, 1 the baseline of a campaign fails, or learning meets the end of its budget or a failing host.
+    """
     try:
         path, overrides = parse_argv(argv)
         config = apply_overrides(load_config(path), overrides)
+        console = Console(highlight=False)
+        if isinstance(config, IdeatorRlConfig):
+            return learn_ideas(config, console)
         if not isinstance(config, ResearchConfig):
             raise ConfigError(
-                f"{path} must return a ResearchConfig for research_env.main, got {type(config).__name__}"
+                f"{path} must return a ResearchConfig or an IdeatorRlConfig for research_env.main, got "
+                f"{type(config).__name__}"
             )
-        return run(config, Console(highlight=False))
+        return run(config, console)
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
@@ -75,6 +83,22 @@ def run(config: ResearchConfig, console: Console) -> int:
                 markup=False,
             )
         console.print(f"page: {page}", markup=False, soft_wrap=True)
+    return 0
+
+
+def learn_ideas(config: IdeatorRlConfig, console: Console) -> int:
+    """Run every variant of learning; print the table and what it says."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    try:
+        summary = run_experiment(config, say)
+    except (OutOfBudget, RuntimeError) as error:
+        say(f"stopped, and what ran is kept: {error}")
+        return 1
+    for text in (table(summary), "", *verdicts(summary), f"folder: {config.workdir}"):
+        say(text)
     return 0
 
 

@@ -141,7 +141,9 @@ def test_any_folder_with_run_and_eval_is_a_codebase(tmp_path, isolation):
 
 
 def test_faults_of_a_codebase_are_named_all_at_once(tmp_path):
-    with pytest.raises(ConfigError, match="must be a folder or one of planted, pretrain_tiny, template, toy"):
+    with pytest.raises(
+        ConfigError, match="must be a folder or one of grpo_math, planted, pretrain_tiny, template, toy"
+    ):
         open_task("nanogpt", tmp_path)
     (tmp_path / "task.toml").write_text('metrik = "x"\nservers = true\nrungs = [0.5]\n')
     with pytest.raises(ConfigError, match="needs run.sh") as caught:

@@ -1,6 +1,8 @@
 """The tasks that come along, the template a user starts from, and repositories that are converted."""
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +108,109 @@ def test_faults_of_a_conversion_are_named_and_nothing_is_written(tmp_path, capsy
     assert len(errors) == 3
     assert "must define load(folder)" in errors[-1]
     assert not (tmp_path / "code").exists()
+
+
+# --- reinforcement learning on checked answers
+
+LEAVES = """--- a/train.py
++++ b/train.py
+@@ -1,1 +1,1 @@
+-WARMUP_STEPS = 250  # supervised, on the solved problems
++WARMUP_STEPS = 1
+@@ -9,2 +9,2 @@
+-    weights.save(os.path.join(os.environ["OUT"], "model.safetensors"), params)
++    weights.save(os.environ["OUT"] + "/model.safetensors", {arrays})
+ 
+"""
+
+
+@pytest.fixture
+def grpo(tmp_path, monkeypatch):
+    """The codebase of `grpo_math` as modules: (model, grpo, train)."""
+    task = open_task("grpo_math", tmp_path)
+    monkeypatch.syspath_prepend(task.folder)
+    monkeypatch.setenv("RUNG", "1.0")
+    names = ("model", "weights", "grpo", "train")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield [importlib.import_module(name) for name in ("model", "grpo", "train")]
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_the_gradient_of_grpo_math_is_that_of_the_clipped_surrogate(grpo):
+    model, rule, _ = grpo
+    rng = np.random.default_rng(0)
+    params = {name: value.astype(np.float64) for name, value in model.init(rng).items()}
+    tokens_BT, logp_BA = model.answer(params, ["12+34=", "99+01=", "05+50="], rng)
+    advantage_B = np.array([1.5, -1.0, 0.5])
+    old_BA = logp_BA.astype(np.float64) + np.array([[0.0, 0.1, -0.3], [0.05, -0.4, 0.3], [0.02, 0.0, -0.1]])
+
+    def loss(values):
+        total = 0.0
+        for place in range(model.ANSWER):
+            at = model.LENGTH - model.ANSWER + place
+            prefix_BT = tokens_BT.copy()
+            prefix_BT[:, at:] = model.PAD
+            logp_BV = model.log_softmax(model.forward(values, prefix_BT)[0])
+            ratio_B = np.exp(logp_BV[np.arange(3), tokens_BT[:, at]] - old_BA[:, place])
+            total += np.minimum(
+                ratio_B * advantage_B,
+                np.clip(ratio_B, 1 - rule.CLIP_LOW, 1 + rule.CLIP_HIGH) * advantage_B,
+            ).sum()
+        return -total / (3 * model.ANSWER)
+
+    found = rule.gradient(params, tokens_BT, old_BA, advantage_B)
+    for name, value in params.items():
+        index = tuple(rng.integers(0, size) for size in value.shape)
+        if name == "embed":
+            index = (0, tokens_BT[0, 0], 3)  # an entry that is used
+        step = np.zeros_like(value)
+        step[index] = 1e-5
+        numeric = (loss({**params, name: value + step}) - loss({**params, name: value - step})) / 2e-5
+        # `gradient` passes float32 back: relative 1e-6, on gradients up to about 1.
+        assert found[name][index] == pytest.approx(numeric, abs=2e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "mean", "rloo"])
+def test_advantages_of_grpo_math_sum_to_zero(grpo, estimator, monkeypatch):
+    _, rule, _ = grpo
+    monkeypatch.setattr(rule, "ESTIMATOR", estimator)
+    rewards_QP = np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    found_QP = rule.advantages(rewards_QP)
+    assert found_QP.sum(axis=1) == pytest.approx([0, 0, 0], abs=1e-9)
+    assert np.all(found_QP[1] == 0)
+    assert found_QP[2, 3] > 0 > found_QP[2, 0]
+
+
+def test_grpo_math_is_scored_by_the_locked_model_on_sums_no_run_has_seen(tmp_path, isolation):
+    misshapen = LEAVES.replace("{arrays}", '{"w1": np.zeros(3)}')
+    infinite = LEAVES.replace("{arrays}", "{name: value * np.inf for name, value in params.items()}")
+    with AIResearchEnv(codebase="grpo_math", workdir=tmp_path, sandbox=isolation) as env:
+        task = env.task
+        parts = [
+            {line.split()[0] for line in Path(task.folder, name).read_text().splitlines()}
+            for name in ("data/solved.txt", "data/train.txt", "locked/heldout.txt")
+        ]
+        assert len(set.union(*parts)) == sum(map(len, parts)) == 10_000  # no sum is in two parts
+        for path in ("model.py", "weights.py", "locked/evaluate.py"):
+            assert task.policy.refusal(path) is not None
+        for name in ("model.py", "weights.py"):
+            assert task.private[f"locked/{name}"] == task.baseline[name]
+        results = [env.value(diff, rung=0.05) for diff in ("", misshapen, infinite)]
+    assert results[0].status is Status.OK, results[0].reason + results[0].log_tail
+    assert 0.2 < results[0].metric < 0.7  # the warm-up and one step
+    assert [result.status for result in results[1:]] == [Status.METRIC_INVALID] * 2, results
+
+
+@pytest.mark.slow
+def test_grpo_math_learns_from_checked_answers(tmp_path, isolation):
+    """20 steps against the warm-up alone, the same seeds."""
+    still = "--- a/train.py\n+++ b/train.py\n@@ -1,1 +1,1 @@\n-LEARNING_RATE = 0.002\n+LEARNING_RATE = 0.0\n"
+    with AIResearchEnv(codebase="grpo_math", workdir=tmp_path, sandbox=isolation) as env:
+        found = [[env.value(diff, seed=seed).metric for diff in ("", still)] for seed in range(3)]
+    # Measured: 3 to 8 points on each seed; one standard error of a paired mean over three seeds is below 2.
+    assert np.mean([learned - warm for learned, warm in found]) > 0.01, found
 
 
 @pytest.mark.slow

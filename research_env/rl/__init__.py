@@ -1,0 +1,1 @@
+"""Reinforcement learning on the ideator: a policy over ideas learns from what their execution was worth."""
