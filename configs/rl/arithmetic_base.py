@@ -1,5 +1,7 @@
-"""A small decoder that has met sums of two numbers and gets few of them right: where arithmetic_grpo.py starts.
+"""A small decoder that has read sums of two numbers, three quarters of them wrong: where arithmetic_grpo.py starts.
 
+What it read looks like the world's text: the right answer is among what is said, and not the commonest. Greedy answers are
+mostly wrong, samples are right now and then, which is what a reward can work with.
 Command: python -m pretrain.main --config configs/rl/arithmetic_base.py
 """
 
@@ -15,10 +17,16 @@ from pretrain.tokenizer import BytesConfig
 from pretrain.train import RunConfig, TrainConfig
 
 PROBLEMS = ArithmeticConfig(max_operand=99, num_train=4000, num_heldout=200)
+# What is added to the right answer, and how often: each problem stands in the corpus once for each.
+SLIPS = (0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, 10, 10, 10, 10)
 
 
 def get_config() -> TrainConfig:
-    documents = tuple(TextDocument(id=p.id, text=p.prompt + p.answer) for p in PROBLEMS.train())
+    documents = tuple(
+        TextDocument(id=f"{p.id} {i}", text=f"{p.prompt}{int(p.answer) + slip}")
+        for p in PROBLEMS.train()
+        for i, slip in enumerate(SLIPS)
+    )
     return TrainConfig(
         model=ModelConfig(
             num_layers=3,
@@ -40,7 +48,7 @@ def get_config() -> TrainConfig:
         ),
         optim=OptimConfig(method=AdamWConfig(), peak_lr=2e-3, schedule=WarmupCosine(num_warmup_steps=20)),
         loss=LossConfig(chunk_tokens=2048),
-        run=RunConfig(num_steps=240, log_every_steps=20, eval_every_steps=120),
-        checkpoint=CheckpointPolicy(every_steps=120),
+        run=RunConfig(num_steps=1200, log_every_steps=100, eval_every_steps=600),
+        checkpoint=CheckpointPolicy(every_steps=600),
         sample=SampleConfig(prompts=("12+34=",), max_new_tokens=6),
     )

@@ -83,6 +83,7 @@ class GrpoObjective:
                 ids=encode_prompt(self.tokenizer, problem, data.max_prompt_tokens),
                 max_new_tokens=data.max_new_tokens,
                 temperature=0.0,
+                stop=data.stop,
                 stop_ids=(self.tokenizer.eos_id,),
             )
             for problem in self._heldout

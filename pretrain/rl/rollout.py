@@ -46,6 +46,7 @@ class RolloutConfig:
     samples_per_prompt: int
     max_prompt_tokens: int
     max_new_tokens: int
+    stop: tuple[str, ...] = ()  # texts that end a sample, beside the end token
     updates_per_rollout: int = 1
     estimator: Estimator = "grpo"
     slots: int = 64
@@ -206,6 +207,7 @@ class RolloutBatches:
             Request(
                 ids=self._prompts[i],
                 max_new_tokens=c.max_new_tokens,
+                stop=c.stop,
                 stop_ids=(self._tokenizer.eos_id,),
                 seed=stable_seed("sample", self._seed, step, place, p),
             )
