@@ -301,7 +301,8 @@ class _Loop:
                 due = self._is_due(step, last_step)
                 save = step == last_step or self.checkpointer.due(step)
                 if due or save:
-                    self._record(step, *pending, progress)
+                    with self.clock.phase("step"):  # it waits for the step to end
+                        self._record(step, *pending, progress)
                     pending = None
                 # Saved first: whatever an evaluation may run into, the steps before it are not lost.
                 if save:
@@ -312,7 +313,8 @@ class _Loop:
                         evaluation = self._evaluate(step, state, progress)
                 self.checkpointer.poll()
             if pending is not None:
-                self._record(step, *pending, progress)
+                with self.clock.phase("step"):
+                    self._record(step, *pending, progress)
             with watchdog.patience(3600):
                 self._save(step, state)
                 self.checkpointer.wait()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pretrain import train as loop
 from pretrain.checkpoint import saved_steps
 from pretrain.config import apply_overrides, load_config, local
 from pretrain.data.loader import RowBatches
@@ -230,3 +231,21 @@ def test_what_a_killed_process_did_for_nothing_is_counted(tmp_path):
     (summary,) = tmp_path.glob("smoke/*/summary.json")
     lost_s = json.loads(summary.read_text())["seconds_by_phase"]["lost_to_restart"]
     assert 50 < lost_s < 101
+
+
+def test_waiting_for_a_step_counts_as_time_of_steps(tmp_path, monkeypatch):
+    """Else the steps before a save or an evaluation would look as fast as a read of memory."""
+    phases, record = [], loop._Loop._record
+
+    def spied(self, *arguments):
+        phases.append(self.clock._stack[-1])
+        record(self, *arguments)
+
+    monkeypatch.setattr(loop._Loop, "_record", spied)
+    config = apply_overrides(
+        load_config(SMOKE),
+        [*TINY, f"run.workdir={tmp_path}", "run.eval_every_steps=2", "checkpoint.every_steps=3"],
+    )
+    train(config, name="run")
+    assert len(phases) == 5
+    assert set(phases) <= {"step", "compile"}
