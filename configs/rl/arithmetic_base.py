@@ -1,7 +1,8 @@
 """A small decoder that has read sums of two numbers, three quarters of them wrong: where arithmetic_grpo.py starts.
 
-What it read looks like the world's text: the right answer is among what is said, and not the commonest. Greedy answers are
-mostly wrong, samples are right now and then, which is what a reward can work with.
+What it read is like the world's text: the right answer is among what is said, and not the commonest. Its greedy answers are mostly one
+too large, its samples are right now and then, which is what a reward can work with. From a base that has met right
+sums only and not learned to add yet, 240 steps of GRPO went from 18 % to 25 %: rare luck teaches slowly.
 Command: python -m pretrain.main --config configs/rl/arithmetic_base.py
 """
 
@@ -17,8 +18,9 @@ from pretrain.tokenizer import BytesConfig
 from pretrain.train import RunConfig, TrainConfig
 
 PROBLEMS = ArithmeticConfig(max_operand=99, num_train=4000, num_heldout=200)
-# What is added to the right answer, and how often: each problem stands in the corpus once for each.
-SLIPS = (0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, 10, 10, 10, 10)
+# What is added to the right answer; each problem stands in the corpus once for each. Slips to both sides would leave the
+# right answer in the middle, where a model that adds a little blurred finds it.
+SLIPS = 5 * (0,) + 10 * (1,) + 5 * (2,)
 
 
 def get_config() -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Does a verifiable reward alone teach a small model to add? Held-out accuracy before and after, on two CPU cores.
+"""Does a verifiable reward alone teach a small model which sums are right? Held-out accuracy before and after, on two CPU cores.
 
 Command: python -m pretrain.main --config configs/rl/arithmetic_base.py
          python -m pretrain.main --config configs/rl/arithmetic_grpo.py init=runs/arithmetic_base/FINGERPRINT
@@ -37,7 +37,7 @@ def get_config() -> RlConfig:
             method=AdamWConfig(), peak_lr=1e-4, schedule=Constant(num_warmup_steps=5), weight_decay=0.0
         ),
         loss=PolicyLossConfig(),
-        run=RunConfig(num_steps=300, log_every_steps=10, eval_every_steps=20),
+        run=RunConfig(num_steps=120, log_every_steps=10, eval_every_steps=10),
         checkpoint=CheckpointPolicy(every_steps=50),
         sample=SampleConfig(prompts=()),
     )

@@ -1,4 +1,4 @@
-"""Does a verifiable reward alone teach a small model to add, and do a random reward or the answers themselves?
+"""Does a verifiable reward alone teach a small model which sums are right, and do a random reward or the answers themselves?
 
 Command: python -m pretrain.rl --config configs/rl/arithmetic_study.py
 Three seeds, each a base, GRPO from it, the same with a random reward, and supervised training on as many answers as
@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from pretrain.config import load_config
+from pretrain.data.source import MemoryConfig, TextDocument
 from pretrain.jobs.pool import PoolConfig
 from pretrain.rl.study import StudyConfig
 
@@ -18,10 +19,14 @@ HERE = Path(__file__)
 def get_config() -> StudyConfig:
     base = load_config(HERE.with_name("arithmetic_base.py"))
     policy = load_config(HERE.with_name("arithmetic_grpo.py"))
+    documents = tuple(TextDocument(id=p.id, text=p.prompt + p.answer) for p in policy.data.problems.train())
+    right = MemoryConfig(name="right", documents=documents)
     # A row of the supervised control holds about six problems.
     prompts = policy.run.num_steps * policy.data.prompts_per_step
     supervised = dataclasses.replace(
         base,
+        data=dataclasses.replace(base.data, sources=(right,)),
+        optim=dataclasses.replace(base.optim, peak_lr=base.optim.peak_lr / 4),
         run=dataclasses.replace(base.run, num_steps=prompts // (6 * base.data.batch_rows)),
     )
     return StudyConfig(base=base, policy=policy, supervised=supervised, jobs=PoolConfig(num_cpus=2))

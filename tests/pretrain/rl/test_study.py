@@ -43,7 +43,9 @@ def test_arms_differ_in_their_teacher_alone():
     assert isinstance(arms["random"].data.reward, RandomReward)
     same = dataclasses.replace(arms["random"].data, reward=NumberReward())
     assert dataclasses.replace(arms["random"], data=same) == arms["reward"]
-    assert arms["supervised"].data == study.base.data
+    assert arms["supervised"].data == study.supervised.data
+    (source,) = arms["supervised"].data.sources
+    assert all(eval(d.text.replace("=", "-")) == 0 for d in source.documents[:50])
 
 
 def test_the_table_has_a_row_a_seed_and_the_picture_is_one():
