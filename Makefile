@@ -10,7 +10,7 @@ STAMP = $(shell $(PYTHON) -c 'import hashlib, sys; print(sys.version_info[:3], h
 SLOW_VENV := .venv-slow
 SLOW_EXTRAS := seqio,parquet,hf,harness,endpoint,ray,slurm,wandb,tpu,peers
 
-.PHONY: quickstart test test-slow check thesis sandbox venv venv-slow clean help
+.PHONY: quickstart test test-slow check thesis bench sandbox venv venv-slow clean help
 
 # $(call install,FOLDER,REQUIREMENT,MODELS): make the environment anew unless it stands with these very versions.
 # MODELS are packages that hold weights; what they themselves require is not wanted.
@@ -45,6 +45,9 @@ check: venv  ## format, lint, types, then the default tests
 
 thesis: venv  ## the three curves of the thesis: hours on two cores, resumes, ends in one HTML page
 	$(RUN) -m tools.thesis --workdir runs/thesis
+
+bench: venv-slow  ## ours beside others, ratios in one table; resumes; ARGS='peers=module:function folder=MODEL' for all of it
+	$(SLOW_VENV)/bin/python -m tools.bench $(ARGS)
 
 sandbox: venv  ## what this machine can isolate, shown by attempting it; what to install where it cannot
 	@command -v bwrap >/dev/null || echo "bubblewrap is missing: apt-get install bubblewrap (Debian, Ubuntu) or dnf install bubblewrap (Fedora)"

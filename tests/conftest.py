@@ -40,13 +40,6 @@ ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = (
     ),
 )
 
-# Slow tests that have never come to their end on a quiet machine. Run one by hand, mend what it shows, take it off.
-UNPROVEN: tuple[str, ...] = (
-    "pretrain/scaling/test_coordinates.py",
-    "pretrain/scaling/test_main.py",
-    "tools/test_thesis.py",
-)
-
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
@@ -79,11 +72,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if name in item.keywords:
                     item.add_marker(pytest.mark.skip(reason=remedy))
-    for item in items:
-        file = (
-            item.path.relative_to(item.config.rootpath / "tests").as_posix()
-            if "slow" in item.keywords
-            else ""
-        )
-        if file in UNPROVEN:
-            item.add_marker(pytest.mark.skip(reason="not proven yet: it has never ended on a quiet machine"))

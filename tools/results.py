@@ -8,6 +8,7 @@ replaced by the table of FOLDER (relative to --root). A folder that is not there
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -19,6 +20,25 @@ from pretrain.config import ConfigError
 from pretrain.rundir import write_atomic
 
 _BLOCK = re.compile(r"(<!-- results: (?P<folder>\S+) -->\n)(?P<old>.*?)(<!-- end of results -->)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Ours over a peer's in interleaved pairs: a line of a table of benchmarks.
+
+    Attributes:
+      ratio_of: "speed", where above 1 ours is faster, or "seconds", where above 1 ours takes longer.
+    """
+
+    what: str
+    ours: str
+    peer: str
+    ratio_of: str
+    median: float
+    least: float
+    greatest: float
+    pairs: int
+    note: str
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -40,24 +60,96 @@ def read_json(path: Path) -> Any:
 
 
 def training_table(folder: Path) -> str:
-    """A run of pretrain.main."""
+    """A run of pretrain.main that was scored on held-out text.
+
+    Raises:
+      ConfigError: it was not: an objective with another score, or nothing held out.
+    """
     summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
+    if summary.get("val_bits_per_byte") is None:
+        raise ConfigError(
+            f"a training run must have held-out bits per byte to be tabulated, {folder} has none: its objective is another, "
+            "or nothing was held out (data.heldout_percent)"
+        )
     rows = [("this model", f"{summary['val_bits_per_byte']:.4f}")]
     rows += [(name, f"{value:.4f}") for name, value in summary["baseline_bits_per_byte"].items()]
     rows.sort(key=lambda row: float(row[1]))
-    facts = (
-        f"{summary['params']:,} parameters, {summary['train_tokens']:,} tokens, {summary['tokens_per_second']:,.0f} tokens/s, "
-        f"{summary['seconds'] / 60:.1f} minutes"
-    )
+    facts = [
+        f"{summary['params']:,} parameters",
+        f"step {summary['steps']:,} of {summary['num_steps']:,}",
+        f"{summary['train_tokens']:,} tokens",
+        f"{summary['seconds'] / 60:.1f} minutes",
+    ]
+    if summary["tokens_per_second"] is not None:  # a run too short to have logged a rate
+        facts.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
     seeds = str(config["run"]["seed"])
     return _with_source(
         markdown(("held-out text", "bits per byte"), rows),
         folder,
-        facts,
+        ", ".join(facts),
         summary,
         hardware=summary["device"],
         seeds=seeds,
     )
+
+
+def bench_table(folder: Path) -> str:
+    """The benchmarks of tools.bench: ratios with their ranges, what was left out, and the commands."""
+    report = read_json(folder / "bench.json")
+    records = report["benchmarks"]
+    ratios = [Ratio(**row) for record in records.values() for row in record["rows"]]
+    rows = [
+        (
+            f"{r.what}: {r.ours}",
+            r.peer,
+            f"{r.median:.2f} [{r.least:.2f}..{r.greatest:.2f}] x {r.ratio_of}",
+            r.pairs,
+            r.note,
+        )
+        for r in ratios
+    ]
+    parts = [markdown(("ours", "over", "median [range]", "pairs", "note"), rows)] if rows else []
+    absent = [
+        *(f"- {name} was left out: {reason}" for name, reason in report["left_out"].items()),
+        *(f"- {name} failed: {reason}" for name, reason in report["failed"].items()),
+        *(f"- {name}, {what} left out: {reason}" for name, r in records.items() for what, reason in r["left_out"].items()),
+    ]  # fmt: skip
+    if absent:
+        parts.append("\n".join(absent))
+    commands = "; ".join(f"`python -m {' '.join(record['command'])}`" for record in records.values())
+    origins = [record["origin"] for record in records.values()]
+    places = {key: ", ".join(sorted({origin[key] for origin in origins})) for key in ("hardware", "commit") if origins}  # fmt: skip
+    facts = "ours over the other's; of speed, more is better, of seconds, less; commands " + (
+        commands or "none"
+    )
+    return _with_source("\n\n".join(parts), folder, facts, places)
+
+
+def step_table(path: Path) -> str:
+    """A report of tools.bench_train: one training step on one device."""
+    report = read_json(path)
+    least_s, greatest_s = report["step_range_s"]
+    rows = [
+        ("tokens/s", f"{report['tokens_per_second']:,.0f}"),
+        ("step, ms", f"{1e3 * report['step_s']:.1f} [{1e3 * least_s:.1f}..{1e3 * greatest_s:.1f}]"),
+        *((name, f"{report[name]:.1%}") for name in ("mfu", "mfu_packed", "hfu")),
+    ]
+    facts = (
+        f"{report['params']:,} parameters, {report['rows']} rows of {report['row_length']} in {report['microbatches']} "
+        f"microbatches, attention {report['attention']}, remat {report['remat']}, jax {report['jax']}, peak {report['peak']}"
+    )
+    return _with_source(markdown(("training step", "value"), rows), path, facts, report, hardware=report["device"])  # fmt: skip
+
+
+def kill_table(folder: Path) -> str:
+    """A kill test: where the kills fell, and whether any end differed from that of a run left alone."""
+    report = read_json(folder / "kill_test.json")
+    rows = [(phase, count) for phase, count in report["phases"].items()]
+    facts = (
+        f"{len(report['kills'])} kills over {len(report['runs'])} runs, {report['differences']} differences in parameters, "
+        f"losses or score, {report['damaged_checkpoints']} damaged checkpoints"
+    )
+    return _with_source(markdown(("killed in", "times"), rows), folder, facts, report, seeds=str(report["seed"]))  # fmt: skip
 
 
 def ladder_table(folder: Path) -> str:
@@ -128,6 +220,9 @@ def _with_source(
 
 
 KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], str]], ...] = (
+    ("benchmarks", lambda f: (f / "bench.json").is_file(), bench_table),
+    ("a step of bench_train", lambda f: f.is_file() and "mfu_packed" in read_json(f), step_table),
+    ("a kill test", lambda f: (f / "kill_test.json").is_file(), kill_table),
     ("a ladder", lambda f: (f / "report.json").is_file() and (f / "report.html").is_file(), ladder_table),
     ("an experiment with arms", lambda f: (f / "results.md").is_file(), arms_table),
     ("a campaign", lambda f: (f / "summary.json").is_file() and (f / "index.html").is_file(), research_table),

@@ -51,7 +51,7 @@ def get_config() -> ScalingConfig:
                 heldout_percent=10.0,
             ),
             optim=OptimConfig(
-                method=AdamWConfig(), peak_lr=1e-2, schedule=Wsd(num_warmup_steps=4, decay_fraction=0.3)
+                method=AdamWConfig(), peak_lr=3e-3, schedule=Wsd(num_warmup_steps=4, decay_fraction=0.3)
             ),
             loss=LossConfig(chunk_tokens=512),
             run=RunConfig(num_steps=1, log_every_steps=20, writers=()),

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
@@ -61,16 +60,17 @@ def coordinate_check(
     changes: dict[str, list[float]] = {}
     for width in widths:
         scaled = Shape(width=width, num_layers=model.num_layers).model(model)
+        drawn = init_params(scaled, vocab_size, 0)
 
-        def change(seed: jax.Array, config: ModelConfig = scaled) -> dict[str, jax.Array]:
+        def change(like: Params, seed: jax.Array, config: ModelConfig = scaled) -> dict[str, jax.Array]:
             batch = random_batch(seed, vocab_size, batch_rows, row_length)
-            before = init_params(config, vocab_size, 0)
-            before = _redrawn(before, seed)
+            before = _redrawn(like, seed)
             after = short_run(before, config, optim, batch, num_steps)
-            old, new = (activations(p, config, batch.tokens_BT1[:, :-1]) for p in (before, after))
-            return {name: jnp.sqrt(jnp.mean((new[name] - old[name]) ** 2)) for name in old}
+            both = jax.tree.map(lambda *pair: jnp.stack(pair), before, after)
+            values = jax.lax.map(lambda p: activations(p, config, batch.tokens_BT1[:, :-1]), both)
+            return {name: jnp.sqrt(jnp.mean((new - old) ** 2)) for name, (old, new) in values.items()}
 
-        found = [jax.device_get(jax.jit(change)(jnp.uint32(seed))) for seed in seeds]
+        found = [jax.device_get(jax.jit(change)(drawn, jnp.uint32(seed))) for seed in seeds]
         for name in found[0]:
             # Log means: a seed with large numbers shall not decide the slope.
             changes.setdefault(name, []).append(float(np.exp(np.mean([np.log(f[name]) for f in found]))))
@@ -80,10 +80,12 @@ def coordinate_check(
 def _redrawn(params: Params, seed: jax.Array) -> Params:
     """Random parameters keep their spread and change their values; ones and zeros stay."""
     leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    # One draw for all: a generator for each leaf took longer to compile than the steps themselves.
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    parts = jnp.split(jax.random.normal(jax.random.key(seed), (int(ends[-1]),)), ends[:-1])
     drawn = [
-        jnp.std(leaf) * jax.random.normal(key, leaf.shape) + jnp.mean(leaf)
-        for leaf, key in zip(leaves, keys, strict=True)
+        jnp.std(leaf) * part.reshape(leaf.shape) + jnp.mean(leaf)
+        for leaf, part in zip(leaves, parts, strict=True)
     ]
     return jax.tree.unflatten(structure, drawn)
 
@@ -117,7 +119,7 @@ def short_run(params: Params, model: ModelConfig, optim: OptimConfig, batch: Bat
         grads = jax.grad(mean_loss)(params)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(grads, state, params, step=index)
-            return (optax.apply_updates(params, updates), state), None
+            return (jax.tree.map(jnp.add, params, updates), state), None
 
     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(num_steps))
     return params

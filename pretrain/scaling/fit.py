@@ -110,7 +110,7 @@ def _interval(sample: np.ndarray, confidence: float) -> Interval:
 
 def _solve(law: Law, log_exponents: np.ndarray, cells: Columns, root_weights: np.ndarray):
     """Coefficients (not negative) at these exponents, and the weighted relative residuals."""
-    design = law.features(np.exp(log_exponents), cells) / cells.loss[:, None]
+    design = law.features(list(np.exp(log_exponents)), cells) / cells.loss[:, None]
     # Columns differ by orders of magnitude; at one scale the active set is chosen by fit and not by unit.
     scale = np.maximum(np.abs(design).max(axis=0), 1e-300)
     weighted = design / scale * root_weights[:, None]

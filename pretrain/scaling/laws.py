@@ -46,7 +46,7 @@ class Law:
     def loss(self, values: np.ndarray, cells: Columns) -> np.ndarray:
         """The law at `values` (in the order of `names`); cells need no loss."""
         split = len(self.exponents)
-        return self.features(values[:split], cells) @ np.asarray(values[split:], float)
+        return self.features(list(values[:split]), cells) @ np.asarray(values[split:], float)
 
 
 def effective_tokens(tokens: np.ndarray, unique: np.ndarray, half_life: float) -> np.ndarray:
