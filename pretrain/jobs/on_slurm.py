@@ -5,8 +5,11 @@ ends the job first and says so; what SLURM ends by itself is told by the state o
 preempts and queues again is called again from its start.
 """
 
+import contextlib
 import dataclasses
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -120,9 +123,23 @@ class SlurmJobs:
         executor.update_parameters(**parameters)
         limited = dataclasses.replace(resources, timeout_s=timeout_s)
         calls = [dataclasses.replace(job, resources=limited) for job in group]
-        with executor.batch():
+        with _interruptible_children(), executor.batch():
             handles = [executor.submit(run_one, job, self._folder, self._config.grace_s) for job in calls]
         return [_Submitted(job=job, handle=handle) for job, handle in zip(calls, handles, strict=True)]
+
+
+@contextlib.contextmanager
+def _interruptible_children() -> Iterator[None]:
+    """submitit cancels its local jobs by SIGINT, which they would ignore as this process does behind a shell's `&`."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if not ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclasses.dataclass

@@ -75,7 +75,7 @@ class GrpoObjective:
         return self._batches
 
     def evaluate(self, params: Any) -> Evaluation:
-        """Greedy answers to all held-out problems, graded like samples."""
+        """Greedy answers to all held-out problems, graded by `data.judge`."""
         assert self._batches is not None, "an objective is opened before it is evaluated"
         data = self._config.data
         requests = [
@@ -89,7 +89,7 @@ class GrpoObjective:
             for problem in self._heldout
         ]
         completions = self._batches.generator(params).generate(requests)
-        grades = self._batches.grade(list(zip(self._heldout, (c.text for c in completions), strict=True)))
+        grades = self._batches.judge(list(zip(self._heldout, (c.text for c in completions), strict=True)))
         rewards = [g.reward for g in grades if g.reward is not None]
         accuracy = sum(r == 1.0 for r in rewards) / len(grades)  # a dropped answer is a wrong one
         examples = [f"{p.prompt}{c.text}" for p, c in zip(self._heldout[:8], completions, strict=False)]

@@ -23,7 +23,7 @@ from pretrain.config import ConfigError, stable_seed
 from pretrain.generate import GenerateConfig, Generator, Request
 from pretrain.model.transformer import ModelConfig
 from pretrain.rl.advantage import Estimator, advantages
-from pretrain.rl.grader import Grader
+from pretrain.rl.grader import Grade, Grader
 from pretrain.rl.policy_loss import PolicyLossConfig, SampleBatch, logprobs_BT
 from pretrain.rl.problem import Problem, ProblemsConfig
 from pretrain.rl.reward import Reward
@@ -36,7 +36,8 @@ class RolloutConfig:
     """Problems, how they are sampled and graded, and what becomes of the rewards.
 
     A step trains on prompts_per_step x samples_per_prompt samples; one rollout serves `updates_per_rollout` steps,
-    so samples are at most that many steps minus one behind the policy, and the loss corrects by their ratio.
+    so samples are at most that many steps minus one behind the policy, and the loss corrects by their ratio. `judge`
+    grades held-out answers where that is not to be the reward.
     """
 
     problems: ProblemsConfig
@@ -51,6 +52,7 @@ class RolloutConfig:
     estimator: Estimator = "grpo"
     slots: int = 64
     reward_timeout_s: float = 5.0
+    judge: Reward | None = None
 
     def __post_init__(self):
         faults = []
@@ -123,6 +125,9 @@ class RolloutBatches:
         self._problems = config.problems.train()
         self._prompts = [encode_prompt(tokenizer, p, config.max_prompt_tokens) for p in self._problems]
         self._grader = Grader(config.reward, timeout_s=config.reward_timeout_s)
+        self._judge = (
+            Grader(config.judge, timeout_s=config.reward_timeout_s) if config.judge else self._grader
+        )
         self._generator: Generator | None = None
         self._logprobs = OnMesh(
             jax.jit(functools.partial(_logprobs, model=model, chunk_tokens=loss.chunk_tokens)), mesh
@@ -142,9 +147,9 @@ class RolloutBatches:
             self._generator.load(params)
         return self._generator
 
-    def grade(self, items: Sequence[tuple[Problem, str]]) -> list[Any]:
-        """Grades from the other process."""
-        return self._grader.grade(items)
+    def judge(self, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """Grades of held-out answers, from another process."""
+        return self._judge.grade(items)
 
     def next(self, step: int, params: Any) -> SampleBatch:
         first = step - step % self._config.updates_per_rollout
@@ -188,8 +193,9 @@ class RolloutBatches:
             self._first_step, self._report = state["first_step"], dict(state["report"])
 
     def close(self) -> None:
-        """End the grading process."""
+        """End the grading processes."""
         self._grader.close()
+        self._judge.close()
 
     # --- one rollout -----------------------------------------------------------------------------------
 
@@ -217,7 +223,7 @@ class RolloutBatches:
         completions = self.generator(params).generate(requests)
         problems = [self._problems[i] for i in indices for _ in range(P)]
         # A text that did not end is graded as it stands: reaching the limit is the policy's doing.
-        grades = self.grade([(p, c.text) for p, c in zip(problems, completions, strict=True)])
+        grades = self._grader.grade([(p, c.text) for p, c in zip(problems, completions, strict=True)])
         rewards = np.array([np.nan if g.reward is None else g.reward for g in grades])
         rows = _rows(requests, completions, c.row_length, self._tokenizer.pad_id)
         advantage_B = advantages(rewards.reshape(-1, P), c.estimator).reshape(-1)

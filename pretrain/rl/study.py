@@ -126,7 +126,10 @@ def configs_of(study: StudyConfig, seed: int, base: str) -> dict[str, TrainConfi
         run = dataclasses.replace(config.run, seed=seed, workdir=study.workdir)
         return dataclasses.replace(config, init=base, run=run)
 
-    blind = dataclasses.replace(study.policy.data, reward=RandomReward(chance=study.random_chance))
+    data = study.policy.data
+    blind = dataclasses.replace(
+        data, reward=RandomReward(chance=study.random_chance), judge=data.judge or data.reward
+    )
     return {
         "reward": placed(study.policy),
         "random": placed(dataclasses.replace(study.policy, data=blind)),

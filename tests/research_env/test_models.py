@@ -359,26 +359,29 @@ def test_fifty_kills_of_the_supervisor_lose_no_row_and_pay_for_no_call_twice(tmp
                 paths=[os.path.dirname(__file__), os.getcwd()],
                 calls=str(tmp_path / f"{name}.calls"),
                 folder=str(tmp_path / name),
-                count=40,
+                count=80,
             )  # fmt: skip
         )
         return subprocess.Popen(
             [sys.executable, str(script)], stdout=subprocess.PIPE, start_new_session=True, text=True
         )
 
-    whole = json.loads(start("whole").communicate()[0].splitlines()[-1])
+    def finish(name):
+        with start(name) as process:
+            return json.loads(process.communicate()[0].splitlines()[-1])
+
+    whole = finish("whole")
     done, num_kills = {}, 0
     ledger_file = tmp_path / "killed" / "ledger.sqlite"
     while num_kills < 50:
-        process = start("killed")
-        # Some calls later, then some milliseconds later: asking, recording, running and judging are all hit.
-        target = _num_calls(tmp_path / "killed.calls") + 1 + num_kills % 3
-        while process.poll() is None and _num_calls(tmp_path / "killed.calls") < target:
-            time.sleep(0.005)
-        time.sleep(0.03 * (num_kills % 8))
-        assert process.poll() is None, "the campaign is long enough for all kills"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        with start("killed") as process:
+            # Some calls later, then some milliseconds later: asking, recording, running and judging are all hit.
+            target = _num_calls(tmp_path / "killed.calls") + 1 + num_kills % 3
+            while process.poll() is None and _num_calls(tmp_path / "killed.calls") < target:
+                time.sleep(0.005)
+            time.sleep(0.03 * (num_kills % 8))
+            assert process.poll() is None, "the campaign is long enough for all kills"
+            os.killpg(process.pid, signal.SIGKILL)
         num_kills += 1
         if not ledger_file.exists():
             continue
@@ -388,8 +391,7 @@ def test_fifty_kills_of_the_supervisor_lose_no_row_and_pay_for_no_call_twice(tmp
         assert ledger.calls().keys() <= {"DONE", "LOST"}
         done = found
         ledger.close()
-    out = start("killed").communicate()[0]
-    assert json.loads(out.splitlines()[-1]) == whole
+    assert finish("killed") == whole
     ledger = Ledger(ledger_file)
     counts = ledger.calls()
     ledger.close()

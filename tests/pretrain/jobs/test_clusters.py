@@ -190,6 +190,16 @@ def test_every_job_ends_as_one_outcome_of_its_type(calls, cluster, tmp_path):
     wait_until(lambda: not is_alive(int((tmp_path / "pid").read_text())))
 
 
+@pytest.fixture(params=["heard", "ignored"])
+def interrupts(request):
+    """Behind a shell's `&` a program ignores SIGINT, and what it starts would too."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if request.param == "ignored" else signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_closing_the_iterator_ends_what_runs(calls, cluster, tmp_path):
     jobs = [
         Job(name="fast", function=calls.square, arguments=(3,)),

@@ -41,7 +41,8 @@ def test_arms_differ_in_their_teacher_alone():
     assert {c.run.seed for c in arms.values()} == {7}
     assert arms["reward"].data.reward == NumberReward()
     assert isinstance(arms["random"].data.reward, RandomReward)
-    same = dataclasses.replace(arms["random"].data, reward=NumberReward())
+    assert arms["random"].data.judge == NumberReward()  # its curve is of right answers, not of its own luck
+    same = dataclasses.replace(arms["random"].data, reward=NumberReward(), judge=None)
     assert dataclasses.replace(arms["random"], data=same) == arms["reward"]
     assert arms["supervised"].data == study.supervised.data
     (source,) = arms["supervised"].data.sources
@@ -83,6 +84,7 @@ def test_another_kind_of_config_is_refused(capsys):
 def test_a_tiny_study_runs_to_its_report_and_is_read_the_second_time(tmp_path, capsys):
     argv = [
         "--config", CONFIG, *TINY, f"workdir={tmp_path}", "seeds=(3,)", "base.run.num_steps=3", "supervised.run.num_steps=2",
+        *(f"{arm}.optim.schedule.num_warmup_steps=1" for arm in ("base", "supervised", "policy")),
         "policy.run.num_steps=2", "policy.run.eval_every_steps=1", "policy.data.prompts_per_step=4", "policy.data.slots=16",
         "policy.data.problems.num_heldout=20",
     ]  # fmt: skip
