@@ -1,4 +1,4 @@
-"""A small decoder that has read sums of two numbers, three quarters of them wrong: where arithmetic_grpo.py starts.
+"""A small decoder that has read sums of two numbers, nine of ten wrong: where arithmetic_grpo.py starts.
 
 What it read is like the world's text: the right answer is among what is said, and not the commonest. Its greedy answers are mostly one
 too large, its samples are right now and then, which is what a reward can work with. From a base that has met right
@@ -18,9 +18,9 @@ from pretrain.tokenizer import BytesConfig
 from pretrain.train import RunConfig, TrainConfig
 
 PROBLEMS = ArithmeticConfig(max_operand=99, num_train=4000, num_heldout=200)
-# What is added to the right answer; each problem stands in the corpus once for each. Slips to both sides would leave the
-# right answer in the middle, where a model that adds a little blurred finds it.
-SLIPS = 5 * (0,) + 10 * (1,) + 5 * (2,)
+# What is added to the right answer; each problem stands in the corpus once for each. Slips of several kinds are learned
+# blurred: then the right answer is found in their middle, or by any push, a random reward's as well.
+SLIPS = 2 * (0,) + 18 * (1,)
 
 
 def get_config() -> TrainConfig:

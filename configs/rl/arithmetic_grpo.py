@@ -37,7 +37,7 @@ def get_config() -> RlConfig:
             method=AdamWConfig(), peak_lr=1e-4, schedule=Constant(num_warmup_steps=5), weight_decay=0.0
         ),
         loss=PolicyLossConfig(),
-        run=RunConfig(num_steps=120, log_every_steps=10, eval_every_steps=10),
+        run=RunConfig(num_steps=25, log_every_steps=5, eval_every_steps=5),
         checkpoint=CheckpointPolicy(every_steps=50),
         sample=SampleConfig(prompts=()),
     )
