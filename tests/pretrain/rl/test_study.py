@@ -94,6 +94,8 @@ def test_a_tiny_study_runs_to_its_report_and_is_read_the_second_time(tmp_path, c
     assert [row["name"] for row in report] == ["base", *ARMS]
     assert all(row["num_problems"] == 20 for row in report)
     assert [step for step, _ in report[1]["curve"]] == [1, 2]
+    random = report[1 + ARMS.index("random")]
+    assert random["curve"][-1][1] == random["accuracy"]  # judged in the run as after it, not by its own luck
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
     assert len(before) == 4
     capsys.readouterr()
