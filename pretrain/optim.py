@@ -342,6 +342,16 @@ def _muon(config: MuonConfig, params: Any, width_transfer: bool) -> optax.Gradie
     return optax.partition({"muon": muon, "adam": _adam(config.adamw)}, roles)
 
 
+def check_schedule(config: OptimConfig, num_steps: int) -> None:
+    """Raises ConfigError where the schedule is longer than the run."""
+    num_warmup = config.schedule.num_warmup_steps
+    if num_warmup > num_steps:
+        raise ConfigError(
+            f"optim.schedule.num_warmup_steps must not exceed run.num_steps={num_steps}, got {num_warmup}; "
+            "shorten the warmup or train longer"
+        )
+
+
 def make_optimizer(
     config: OptimConfig, num_steps: int, params: Any, model_config: ModelConfig
 ) -> optax.GradientTransformationExtraArgs:
@@ -353,12 +363,7 @@ def make_optimizer(
     Raises:
       ConfigError: the schedule is longer than the run.
     """
-    num_warmup = config.schedule.num_warmup_steps
-    if num_warmup > num_steps:
-        raise ConfigError(
-            f"optim.schedule.num_warmup_steps must not exceed run.num_steps={num_steps}, got {num_warmup}; "
-            "shorten the warmup or train longer"
-        )
+    check_schedule(config, num_steps)
     params = trained_part(params)
     m = model_config.width_multiplier
     parts: list[optax.GradientTransformation] = []

@@ -28,7 +28,11 @@ def get_config() -> StudyConfig:
     supervised = dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, sources=(right,)),
-        optim=dataclasses.replace(base.optim, peak_lr=base.optim.peak_lr / 4),
+        optim=dataclasses.replace(
+            base.optim,
+            peak_lr=base.optim.peak_lr / 4,
+            schedule=dataclasses.replace(base.optim.schedule, num_warmup_steps=5),
+        ),
         run=dataclasses.replace(base.run, num_steps=prompts // (6 * base.data.batch_rows)),
     )
     return StudyConfig(base=base, policy=policy, supervised=supervised, jobs=PoolConfig(num_cpus=2))

@@ -22,6 +22,7 @@ from pretrain.jobs.api import Job, JobsConfig, values
 from pretrain.jobs.pool import PoolConfig
 from pretrain.metrics import read_metrics
 from pretrain.objective import Evaluation
+from pretrain.optim import check_schedule
 from pretrain.pretrained import load_init
 from pretrain.rl.grpo import RlConfig
 from pretrain.rl.reward import RandomReward
@@ -56,6 +57,12 @@ class StudyConfig:
             faults.append("base, policy and supervised must have the same model: they hand it on")
         if self.policy.run.eval_every_steps is None:
             faults.append("policy.run.eval_every_steps must be set: the curve is made of these evaluations")
+        for role in ("base", "policy", "supervised"):  # before the first base is trained, not after the last
+            config = getattr(self, role)
+            try:
+                check_schedule(config.optim, config.run.num_steps)
+            except ConfigError as error:
+                faults += [f"{role}: {fault}" for fault in error.faults]
         if faults:
             raise ConfigError(*faults)
 

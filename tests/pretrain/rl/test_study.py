@@ -68,6 +68,7 @@ def test_the_table_has_a_row_a_seed_and_the_picture_is_one():
         (["seeds=(1,1)"], "seeds must be different"),
         (["policy.run.eval_every_steps=none"], "eval_every_steps must be set"),
         (["base.model.width=64"], "must have the same model"),
+        (["supervised.run.num_steps=3"], "supervised: optim.schedule.num_warmup_steps must not exceed"),
     ],
 )
 def test_studies_that_compare_nothing_are_refused(overrides, words):
