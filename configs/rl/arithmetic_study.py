@@ -5,6 +5,16 @@ Three seeds, each a base, GRPO from it, the same with a random reward, and super
 GRPO saw prompts. Steps, rates and the base's share of wrong sums were chosen on seed 101. There (`seeds=(101,)`), by
 greedy answers to 200 held-out problems: base 1.5 %, reward 96.5 % after 25 steps, random reward 3.5 %. A random reward is
 a random walk of the policy: after 40 steps (`policy.run.num_steps=40`) it stood at 15.5 %.
+
+The seeds below, chosen before they were run, on two CPU cores in about 9 minutes (95 % intervals over problems):
+
+    seed  base  reward                 random reward         supervised
+    1     1.0   97.5 [94.3..98.9]      14.5 [10.3..20.0]     98.0 [95.0..99.2]
+    2     0.5   98.5 [95.7..99.5]       0.5 [0.1..2.8]      100.0 [98.1..100.0]
+    3     0.0   96.5 [93.0..98.3]       8.0 [5.0..12.6]      97.5 [94.3..98.9]
+
+The reward teaches in 3 of 3. The random reward was to stay at the base's level and did so on one seed only: pushed in any
+direction, a policy leaves the answer it was taught most often, and the right one is the next.
 """
 
 import dataclasses
