@@ -4,10 +4,12 @@
                                                     results.json    the table, and the comparison with `base`
 
 A task that has its file is not computed again, so a killed evaluation goes on where it was. Another config is another
-folder, and so are other parameters: a checkpoint folder that has grown is evaluated anew.
+folder, and so are other parameters: a checkpoint folder that has grown is evaluated anew. A file states what was asked
+in it, and is computed anew when that has changed: the path of a data folder says nothing about what lies there.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -153,17 +155,23 @@ def _all_records(
     found = {}
     for task in tasks:
         path = folder / f"{task.name}.json"
-        wanted = [item.id for item in items[task.name]]
+        prefix = few_shot_prefix(task, config.data_root, config.num_shots, config.seed)
+        asked = _asked_sha256(loaded, task, items[task.name], prefix)
         if path.exists():
             stored = json.loads(path.read_text())
-            if [record["id"] for record in stored["records"]] == wanted and stored["version"] == task.version:
+            if stored.get("asked_sha256") == asked:
                 found[task.name] = stored["records"]
                 continue
+            print(
+                f"{task.name}: scored anew, {path} holds scores of other items, prompts or another tokenizer",
+                file=sys.stderr,
+                flush=True,
+            )
         began = time.monotonic()
-        prefix = few_shot_prefix(task, config.data_root, config.num_shots, config.seed)
         records = _records(config, loaded, task.name, items[task.name], prefix)
         stored = {
             "version": task.version,
+            "asked_sha256": asked,
             "model": str(source),
             "parameters_sha256": sha256,
             "seconds": time.monotonic() - began,
@@ -172,6 +180,19 @@ def _all_records(
         write_json_atomic(path, stored)
         found[task.name] = records
     return found
+
+
+def _asked_sha256(loaded: ScoredModel, task: Task, items: Sequence[Item], prefix: str) -> str:
+    """Hash of all that decides a task's records besides the config and the parameters."""
+    asked = {
+        "version": task.version,
+        "items": [[type(item).__name__, dataclasses.asdict(item)] for item in items],
+        "prefix": prefix,
+        "tokenizer": loaded.tokenizer.sha256,
+        "add_bos": loaded.add_bos,
+        "model": config_lib.to_json(loaded.model),
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _records(

@@ -1,6 +1,7 @@
 """The verb scores a folder from config to table, goes on where it was killed, and refuses bad input in one line."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,48 @@ def test_the_same_command_takes_what_is_there_and_computes_what_is_not(config, t
     assert second["lambada"] == first["lambada"]
     only = evaluate(EvaluateConfig(**{**vars(config), "only": ("passages",)}), name="test")
     assert list(only["tasks"]) == ["passages"]
+
+
+def test_records_of_other_items_prompts_or_another_tokenizer_are_computed_anew(
+    config, root, tmp_path, capsys
+):
+    """Under the same path, with the same ids: the text of the items, the examples, the tokenizer of the model."""
+    data, model = tmp_path / "data", tmp_path / "model"
+    shutil.copytree(root, data)
+    shutil.copytree(root / "model", model)
+    task = Options(name="options", file="options.json", examples_file="shots.json")
+    options = json.loads((data / "options.json").read_text())
+    (data / "shots.json").write_text(json.dumps(options))
+    changed = {"model": str(model), "tasks": (task,), "data_root": str(data), "num_shots": 1}
+    config = EvaluateConfig(**{**vars(config), **changed, "row_length": 128})
+    (logprobs,) = {str(_stored(config, tmp_path)) for _ in range(2)}
+    assert "scored anew" not in capsys.readouterr().err
+
+    def swap(v):
+        v["model"]["vocab"].update({"n": ord("w"), "w": ord("n")})
+
+    for change in (
+        lambda: (data / "options.json").write_text(json.dumps(options).replace("two", "six")),
+        lambda: (data / "shots.json").write_text(json.dumps(options).replace("Which", "What")),
+        lambda: edit(model / "tokenizer.json", swap),
+    ):
+        change()
+        before, logprobs = logprobs, str(_stored(config, tmp_path))
+        assert logprobs != before
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "scored anew" in line]
+        assert line.startswith("options: ")
+
+
+def _stored(config, workdir):
+    evaluate(config, name="stored")
+    (path,) = (workdir / "stored").glob("*/*/options.json")
+    return json.loads(path.read_text())["records"]
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
 
 
 def test_a_base_is_compared_item_by_item(config, root):
