@@ -12,17 +12,24 @@ from typing import Literal
 from pretrain.checkpoint import AllCheckpointsBad, NoCheckpoint
 from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
 from pretrain.hf import export_model
-from pretrain.pretrained import Pretrained, open_pretrained
+from pretrain.pretrained import Pretrained, begins_with_bos, open_pretrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What is written where. `max_length` is stated in config.json as the longest text that the model is meant for."""
+    """What is written where.
+
+    max_length: stated in config.json as the longest text that the model is meant for; none is what the model states
+    itself, and for a checkpoint of ours the length of its training rows. bos: whether other programs shall begin
+    texts with the token that begins a text; none is as the tokenizer asks, and for checkpoints of ours yes, since
+    that is how they were trained.
+    """
 
     model: str | Pretrained = ""
     folder: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_length: int = 2048
+    max_length: int | None = None
+    bos: bool | None = None
     max_file_bytes: int = 4 << 30
 
 
@@ -40,13 +47,17 @@ def export(config: ExportConfig) -> None:
         raise ConfigError(*faults)
     source = open_pretrained(config.model) if isinstance(config.model, str) else config.model
     model = source.model_config()
+    tokenizer, stated = source.tokenizer(), source.stated()
+    if config.max_length is not None:
+        stated = dataclasses.replace(stated, max_length=config.max_length)
     folder = export_model(
         config.folder,
         source.params(model),
         model,
-        source.tokenizer(),
+        tokenizer,
         dtype=config.dtype,
-        max_length=config.max_length,
+        stated=stated,
+        add_bos=begins_with_bos(source, tokenizer) if config.bos is None else config.bos,
         max_file_bytes=config.max_file_bytes,
     )
     print(f"wrote {folder}")

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from pretrain import families
 from pretrain.config import ConfigError
 from pretrain.families import Names
-from pretrain.hf import check_same_model
+from pretrain.hf import Stated, check_same_model
 from pretrain.model.layers import LinearScaling, Llama3Scaling, Rope
 from pretrain.model.transformer import LayerKind, ModelConfig, Params
 from pretrain.tokenizer import JsonTokenizer, Tokenizer, check_lossless
@@ -48,6 +48,7 @@ _NAMES: Names = {
     "blocks.post_mlp_norm.scale": "blk.{}.post_ffw_norm.weight",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_EOS_KEYS = tuple(f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom"))
 # Rotary embedding of Gemma 3's windowed layers; the file states the base of the others only.
 _GEMMA3_LOCAL_THETA, _GEMMA3_PERIOD = 10_000.0, 6
 
@@ -94,6 +95,17 @@ class GgufFile:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the file."""
         return GgufTokenizerConfig(path=self.path).build("", lambda max_bytes: iter(()))
+
+    def stated(self) -> Stated:
+        """What the header says besides; a chat model names the end of a turn apart from the end of a text."""
+        content = self._content()
+        ends = [content.get(key) for key in _EOS_KEYS if content.has(key)]
+        length, chat = "{arch}.context_length", "tokenizer.chat_template"
+        return Stated(
+            max_length=int(content.get(length)) if content.has(length) else None,
+            eos_ids=tuple(dict.fromkeys(int(end) for end in ends)),
+            chat_templates={"default": content.get(chat)} if content.has(chat) else {},
+        )
 
     def params(self, model: ModelConfig, mesh: Mesh | None = None) -> Params:
         """Its parameters in float32, laid out for `mesh`.

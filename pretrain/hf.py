@@ -21,11 +21,27 @@ from pretrain.families import StoredTensor, different_fields
 from pretrain.model.transformer import ModelConfig, Params
 from pretrain.rundir import TEMPORARY_SUFFIX, storage_errors, write_json_atomic
 from pretrain.safetensors_file import open_tensors, split_into_files, write_tensors
-from pretrain.tokenizer import FolderTokenizerConfig, Tokenizer, export_tokenizer
+from pretrain.tokenizer import FolderTokenizerConfig, Tokenizer, export_tokenizer, read_chat_templates
 
-_CONFIG, _INDEX, _ONE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_INDEX, _ONE_FILE = "model.safetensors.index.json", "model.safetensors"
+# The longest text of a model that states none.
+_MAX_LENGTH = 2048
 # Files of older writers hold these beside the parameters; they follow from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stated:
+    """What a published model states besides its mathematics, so that an export can hand it on.
+
+    max_length: tokens of the longest text that it is meant for. eos_ids: every token that ends a text; a chat model
+    often has several. chat_templates: Jinja sources by name, "default" among them.
+    """
+
+    max_length: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +68,17 @@ class HfFolder:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the folder."""
         return FolderTokenizerConfig(path=self.path).build("", lambda max_bytes: iter(()))
+
+    def stated(self) -> Stated:
+        """What the folder says besides: of the tokens that end a text generation_config.json has the last word."""
+        config, folder = self._config(), Path(self.path)
+        path = folder / _GENERATION
+        ends = (read_json(path) if path.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+        return Stated(
+            max_length=config.get("max_position_embeddings"),
+            eos_ids=() if ends is None else tuple(ends if isinstance(ends, list) else [ends]),
+            chat_templates=read_chat_templates(folder),
+        )
 
     def params(self, model: ModelConfig, mesh: Mesh | None = None) -> Params:
         """Its parameters in float32, laid out for `mesh`.
@@ -119,30 +146,34 @@ def export_model(
     tokenizer: Tokenizer,
     *,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    max_length: int = 2048,
+    stated: Stated = Stated(),
+    add_bos: bool | None = None,
     max_file_bytes: int = 4 << 30,
 ) -> Path:
-    """Write a folder that `transformers` loads: config.json, safetensors files, tokenizer files.
+    """Write a folder that `transformers` loads: config.json, generation_config.json, safetensors and tokenizer files.
 
-    The folder appears when it is whole. Memory: one tensor at a time. `max_length` is stated in the config; nothing
-    here depends on it.
+    The folder appears when it is whole. Memory: one tensor at a time. `stated` is written down for others; nothing
+    here depends on it. `add_bos`: whether other programs shall begin texts with bos, as rows begin in training here;
+    none is as the file of the tokenizer asks.
 
     Raises:
       ConfigError: no published family computes this model, the folder exists, or the storage refuses.
     """
     folder = Path(folder)
     vocab_size = params["embed"]["embedding"].shape[0]
+    max_length = stated.max_length or _MAX_LENGTH
     family, config = families.config_json(model, vocab_size, max_length)
     if folder.exists():
         raise ConfigError(
             f"an export needs a folder that is not there yet, got {folder}; remove it or name another"
         )
-    config |= {
-        "torch_dtype": dtype,
+    ends = list(stated.eos_ids or (tokenizer.eos_id,))
+    roles = {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_id,
     }
+    config |= {"torch_dtype": dtype, **roles}
     building = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     with storage_errors(folder), _removed_on_error(building):
         building.mkdir(parents=True)
@@ -159,7 +190,11 @@ def export_model(
         if len(groups) > 1:
             total = sum((building / name).stat().st_size for name in set(where.values()))
             write_json_atomic(building / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        export_tokenizer(tokenizer, building, max_length)
+        export_tokenizer(
+            tokenizer, building, max_length, add_bos=add_bos, chat_templates=stated.chat_templates
+        )
+        # Where it is missing transformers makes one from the config; older versions take a list from here alone.
+        write_json_atomic(building / _GENERATION, roles | {"eos_token_id": ends})
         write_json_atomic(building / _CONFIG, config)
         building.rename(folder)
     return folder

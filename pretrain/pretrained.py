@@ -23,11 +23,11 @@ from pretrain.checkpoint import (
     saved_steps,
 )
 from pretrain.config import ConfigError, from_json
-from pretrain.hf import HfFolder, check_same_model
+from pretrain.hf import HfFolder, Stated, check_same_model
 from pretrain.model.adapters import merged_params
 from pretrain.model.transformer import ModelConfig, Params, abstract_params, param_shardings
 from pretrain.sharding import OnMesh
-from pretrain.tokenizer import LOSSLESS_PROBES, Tokenizer
+from pretrain.tokenizer import LOSSLESS_PROBES, JsonTokenizer, Tokenizer
 
 _TOKENIZER_PROBES = (
     *LOSSLESS_PROBES,
@@ -43,6 +43,8 @@ class Pretrained(Protocol):
     def vocab_size(self) -> int: ...  # rows of the embedding
 
     def tokenizer(self) -> Tokenizer: ...
+
+    def stated(self) -> Stated: ...  # for an export
 
     def params(self, model: ModelConfig, mesh: Mesh | None = None) -> Params: ...
 
@@ -78,6 +80,10 @@ class Checkpoint:
         raise ConfigError(
             f"{folder} must lie in a run folder that holds the tokenizer.json of the run, and does not"
         )
+
+    def stated(self) -> Stated:
+        """Texts as long as the rows of its training, ended by the eos of its tokenizer."""
+        return Stated(max_length=self._config()["data"]["row_length"])
 
     def params(self, model: ModelConfig, mesh: Mesh | None = None) -> Params:
         """Its verified parameters, adapters merged.
@@ -149,6 +155,11 @@ def open_pretrained(path: str) -> Pretrained:
             "GgufFile(path=...) of pretrain.gguf_import there"
         )
     return HfFolder(path=path) if is_model_folder(path) else Checkpoint(path=path)
+
+
+def begins_with_bos(source: Pretrained, tokenizer: Tokenizer) -> bool:
+    """Whether texts for a model begin with bos: as its tokenizer asks; checkpoints of ours were trained so."""
+    return isinstance(source, Checkpoint) or (isinstance(tokenizer, JsonTokenizer) and tokenizer.adds_bos)
 
 
 def load_init(init: str | Pretrained, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Params:

@@ -32,10 +32,9 @@ from pretrain.config import (
 )
 from pretrain.draw import draw_faults
 from pretrain.generate import Completion, GenerateConfig, Generator, Progress, Request
-from pretrain.pretrained import Checkpoint, Pretrained, open_pretrained
+from pretrain.pretrained import Pretrained, begins_with_bos, open_pretrained
 from pretrain.rundir import storage_errors, write_atomic
 from pretrain.sharding import MeshConfig, make_mesh
-from pretrain.tokenizer import JsonTokenizer
 
 _REPORT_EVERY_S = 5.0
 
@@ -159,11 +158,7 @@ def _open(job: SampleJob) -> tuple[Generator, bool, str]:
     model = dataclasses.replace(source.model_config(), dtype=job.dtype)
     tokenizer = source.tokenizer()
     mesh = make_mesh(job.mesh)
-    add_bos = job.bos
-    if add_bos is None:
-        add_bos = isinstance(source, Checkpoint) or (
-            isinstance(tokenizer, JsonTokenizer) and tokenizer.adds_bos
-        )
+    add_bos = begins_with_bos(source, tokenizer) if job.bos is None else job.bos
     params = source.params(model, None if mesh.size == 1 else mesh)
     return (
         Generator(params, model, job.generate, tokenizer=tokenizer, mesh=mesh),

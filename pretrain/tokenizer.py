@@ -9,12 +9,12 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from pretrain.config import ConfigError
 from pretrain.rundir import write_atomic
@@ -185,6 +185,25 @@ class JsonTokenizer:
         """Whether the file asks for a bos token in front of every text."""
         return self._tokenizer.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
 
+    def adding_bos(self, add_bos: bool) -> "JsonTokenizer":
+        """The same tokenizer, its file asking for a bos token in front of every text, or for none; ids here are the same.
+
+        Whatever else the file puts around a text goes; of a byte-level one that is the trimming of offsets.
+        """
+        if self.adds_bos == add_bos:
+            return self
+        other, bos = HfTokenizer.from_str(self._text), self._names["bos"]
+        other.post_processor = (
+            processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
+            )
+            if add_bos
+            else None
+        )
+        found = JsonTokenizer(other.to_str(pretty=True), vocab_size=self._model_vocab_size, **self._names)
+        assert found.adds_bos == add_bos, (self._names, add_bos)
+        return found
+
     @property
     def sha256(self) -> str:
         size = [] if self._model_vocab_size is None else [str(self._model_vocab_size)]
@@ -332,13 +351,41 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def read_chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a model folder by name, from tokenizer_config.json or files of their own, which win."""
+    stated = _json_object(folder / "tokenizer_config.json").get("chat_template")
+    found = {"default": stated} if isinstance(stated, str) else {}
+    if isinstance(stated, list):
+        found = {
+            entry["name"]: entry["template"]
+            for entry in stated
+            if isinstance(entry, dict)
+            and isinstance(entry.get("name"), str)
+            and isinstance(entry.get("template"), str)
+        }
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    return found | {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+
+
 def _token_name(value: Any) -> str | None:
     """A token in tokenizer_config.json: its text, or an object with its text."""
     return value.get("content") if isinstance(value, dict) else value
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+def export_tokenizer(
+    tokenizer: Tokenizer,
+    folder: Path,
+    max_length: int,
+    *,
+    add_bos: bool | None = None,
+    chat_templates: Mapping[str, str] | None = None,
+) -> None:
     """Write tokenizer.json and tokenizer_config.json, which `transformers` reads and `FolderTokenizerConfig` too.
+
+    `add_bos`: whether texts shall begin with bos; none is as the file of the tokenizer asks. `chat_templates`: Jinja
+    sources by name, "default" among them.
 
     Raises:
       ConfigError: a kind of tokenizer that has no tokenizer.json.
@@ -350,13 +397,20 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Non
             f"an exported model needs a tokenizer.json, and {type(tokenizer).__name__} has none; train with BpeConfig, "
             "BytesConfig or a tokenizer file"
         )
+    if add_bos is not None:
+        tokenizer = tokenizer.adding_bos(add_bos)
     tokenizer.save(folder / "tokenizer.json")
     roles = {f"{role}_token": name for role, name in tokenizer.names.items()}
-    stated = {
+    stated: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
+    if chat_templates:
+        several = [{"name": name, "template": text} for name, text in chat_templates.items()]
+        stated["chat_template"] = (
+            chat_templates["default"] if list(chat_templates) == ["default"] else several
+        )
     write_atomic(folder / "tokenizer_config.json", json.dumps({**stated, **roles}, indent=1) + "\n")
 
 

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 from pretrain.evals.likelihood import PackedScorer
 from pretrain.generate import GenerateConfig, Generator
 from pretrain.model.transformer import ModelConfig, Params
-from pretrain.pretrained import Checkpoint, Pretrained, open_pretrained
+from pretrain.pretrained import Pretrained, begins_with_bos, open_pretrained
 from pretrain.sharding import MeshConfig, make_mesh
-from pretrain.tokenizer import JsonTokenizer, Tokenizer
+from pretrain.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,11 @@ def load_scored_model(
     tokenizer = source.tokenizer()
     devices = make_mesh(mesh)
     one = devices.size == 1
-    if bos is None:
-        bos = isinstance(source, Checkpoint) or (isinstance(tokenizer, JsonTokenizer) and tokenizer.adds_bos)
     return ScoredModel(
         params=source.params(model, None if one else devices),
         model=model,
         tokenizer=tokenizer,
-        add_bos=bos,
+        add_bos=begins_with_bos(source, tokenizer) if bos is None else bos,
         row_length=row_length,
         batch_rows=batch_rows,
         mesh=None if one else devices,

@@ -14,7 +14,7 @@ import pytest
 
 from pretrain.config import ConfigError
 from pretrain.generate import GenerateConfig, Generator, Request
-from pretrain.hf import HfFolder, export_model
+from pretrain.hf import HfFolder, Stated, export_model
 from pretrain.model.layers import Rope
 from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params, forward, logits
 from pretrain.sharding import MeshConfig, make_mesh
@@ -50,7 +50,7 @@ def random_params(model):
     )
 
 
-def write(path, model, params, arch, kind=None):
+def write(path, model, params, arch, kind=None, more=lambda writer: None):
     """What llama.cpp's converter writes for these parameters: rows of q and k interleaved for arch llama."""
     c, rope = model, model.layer_pattern[-1].rope
     w = gguf.GGUFWriter(str(path), arch)
@@ -70,6 +70,7 @@ def write(path, model, params, arch, kind=None):
     w.add_token_types([3] + [1] * (len(TOKENS) - 1))
     w.add_token_merges(["a b", "c d"])
     w.add_eos_token_id(0)
+    more(w)
     b = params["blocks"]
     one = 1.0 if c.norm_plus_one else 0.0
 
@@ -148,6 +149,23 @@ def test_the_tokenizer_in_the_file_merges_splits_digits_and_knows_its_roles(tmp_
     assert tokenizer.vocab_size == source.vocab_size() == len(TOKENS)
     assert (tokenizer.eos_id, tokenizer.bos_id) == (0, 0)
     assert not tokenizer.adds_bos
+
+
+def test_the_header_states_lengths_ends_and_chats_and_an_export_hands_them_on(tmp_path):
+    model, params = MODELS["llama"], random_params(MODELS["llama"])
+
+    def more(w):
+        w.add_context_length(8192)
+        w.add_eot_token_id(3)
+        w.add_chat_template("{{ x }}")
+
+    source = write(tmp_path / "m.gguf", model, params, "llama", more=more)
+    stated = Stated(max_length=8192, eos_ids=(0, 3), chat_templates={"default": "{{ x }}"})
+    assert source.stated() == stated
+    folder = export_model(tmp_path / "f", params, model, source.tokenizer(), stated=source.stated())
+    assert HfFolder(path=str(folder)).stated() == stated
+    plain = write(tmp_path / "p.gguf", model, params, "llama")
+    assert plain.stated() == Stated(eos_ids=(0,))
 
 
 def test_what_cannot_be_read_is_one_clear_line(tmp_path):

@@ -6,10 +6,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Raw
 
 from pretrain.config import ConfigError
 from pretrain.families import FAMILIES, different_fields, model_config
-from pretrain.hf import HfFolder, export_model
+from pretrain.hf import HfFolder, Stated, export_model
 from pretrain.model.layers import LinearScaling, Llama3Scaling, Rope
 from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params, forward, logits
 from pretrain.pretrained import check_same_tokenizer, load_init, open_pretrained
@@ -149,6 +150,40 @@ def test_the_embedding_may_have_more_rows_than_the_tokenizer_ids(tmp_path):
     folder = export_model(tmp_path / "padded", random_params(model, 264), model, TOKENIZER)
     source = HfFolder(path=str(folder))
     assert source.vocab_size() == source.tokenizer().vocab_size == 264
+
+
+CHAT = {"default": "{{ messages[0]['content'] }}\n", "tools": "{% if tools %}x{% endif %}"}
+
+
+@pytest.mark.parametrize("chat", [CHAT, {"default": CHAT["default"]}, {}])
+def test_what_a_model_states_besides_its_mathematics_survives_export(tmp_path, chat):
+    stated = Stated(max_length=8192, eos_ids=(258, 259), chat_templates=chat)
+    folder, _, _ = export(tmp_path / "m", "llama", stated=stated)
+    assert HfFolder(path=str(folder)).stated() == stated
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [258, 259]
+    # As others lay it out: the list in config.json alone, templates in files.
+    (folder / "generation_config.json").unlink()
+    edit(folder / "tokenizer_config.json", lambda v: v.pop("chat_template", None))
+    for name, text in chat.items():
+        path = folder / (
+            "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        )
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert HfFolder(path=str(folder)).stated() == stated
+
+
+def test_an_exported_tokenizer_begins_texts_with_bos_where_the_model_was_trained_so(tmp_path):
+    for add_bos, wanted in ((True, True), (False, False), (None, False)):
+        folder, _, _ = export(tmp_path / str(add_bos), "llama", add_bos=add_bos)
+        tokenizer = HfFolder(path=str(folder)).tokenizer()
+        assert tokenizer.adds_bos == wanted
+        assert tokenizer.encode("ab") == TOKENIZER.encode("ab")
+        assert Raw.from_file(str(folder / "tokenizer.json")).encode("ab").ids == [257] * wanted + [97, 98]
+    # And back: a file that asks for bos may be told not to.
+    with_bos = HfFolder(path=str(tmp_path / "True")).tokenizer()
+    assert with_bos.adding_bos(True) is with_bos
+    assert not with_bos.adding_bos(False).adds_bos
 
 
 # --- bad input ---------------------------------------------------------------------------------------
@@ -337,6 +372,26 @@ def test_transformers_computes_what_was_exported(tmp_path, torch, name):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] == TOKENIZER.encode(SENTENCE)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_transformers_begins_with_bos_ends_at_every_eos_and_spells_chats(tmp_path, torch, name):
+    transformers = pytest.importorskip("transformers")
+    stated = Stated(max_length=512, eos_ids=(258, 10), chat_templates={"default": CHAT["default"]})
+    folder, _, _ = export(tmp_path / "m", name, stated=stated, add_bos=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(SENTENCE)["input_ids"] == [TOKENIZER.bos_id, *TOKENIZER.encode(SENTENCE)]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert peer.generation_config.eos_token_id == [258, 10]
+    assert peer.config.max_position_embeddings == tokenizer.model_max_length == 512
+    # What transformers writes of it is read with the same statements.
+    peer.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    source = HfFolder(path=str(tmp_path / "again"))
+    assert source.stated() == stated
+    assert source.tokenizer().adds_bos
 
 
 @pytest.mark.slow

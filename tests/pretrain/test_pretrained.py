@@ -17,7 +17,7 @@ from pretrain.config import ConfigError, load_config, to_json
 from pretrain.data.source import MemoryConfig, TextDocument
 from pretrain.data.tables import DataConfig
 from pretrain.export import main as export_main
-from pretrain.hf import HfFolder, export_model
+from pretrain.hf import HfFolder, Stated, export_model
 from pretrain.model.adapters import ADAPTERS, AdapterConfig
 from pretrain.model.transformer import ModelConfig, abstract_params
 from pretrain.optim import AdamWConfig, Constant, OptimConfig, WarmupCosine
@@ -108,6 +108,14 @@ def test_the_verb_exports_a_run(run, tmp_path, capsys):
     source = HfFolder(path=str(where))
     assert_same_bits(source.params(source.model_config()), params)
     assert source.tokenizer().encode("once upon") == tokenizer.encode("once upon")
+    # Rows of 16 tokens, each beginning with bos, are what it was trained on: the folder says so to others.
+    assert source.tokenizer().adds_bos
+    assert source.stated() == Stated(max_length=16, eos_ids=(tokenizer.eos_id,))
+    other = tmp_path / "other"
+    command = ["--config", str(file), f"model={where}", f"folder={other}", "max_length=99", "bos=false"]
+    assert export_main(command) == 0
+    assert not HfFolder(path=str(other)).tokenizer().adds_bos
+    assert HfFolder(path=str(other)).stated().max_length == 99
     assert load_init(str(where), MODEL, tokenizer, None).keys() == params.keys()
     assert export_main(["--config", str(file), f"model={folder}", f"folder={where}"]) == 2
     assert "not there yet" in capsys.readouterr().err
