@@ -50,8 +50,9 @@ class EvaluateConfig:
     """What is scored, on what.
 
     model, base: a checkpoint folder, a model folder, or another Pretrained; with `base` every score is compared with
-    its own, item by item. bos: whether texts begin with the token that begins a text; none is as the tokenizer
-    asks, and for checkpoints of ours yes, since that is how they were trained. only: names of the tasks to run.
+    its own, item by item. bos: whether texts begin with the token that begins a text; none is as the tokenizer of
+    `model` asks, and for checkpoints of ours yes, since that is how they were trained. The base reads the same texts.
+    only: names of the tasks to run.
     """
 
     model: str | Pretrained
@@ -123,9 +124,11 @@ def evaluate(config: EvaluateConfig, *, name: str) -> dict[str, Any]:
     run.create()
     with run.lock():
         write_json_atomic(run.config_json, config_lib.to_json(config))
-        records = _all_records(config, config.model, run.root, tasks, items)
-        base = None if config.base is None else _all_records(config, config.base, run.root, tasks, items)
-        results: dict[str, Any] = {"tasks": {}}
+        records, bos = _all_records(config, config.model, config.bos, run.root, tasks, items)
+        base = None
+        if config.base is not None:
+            base, _ = _all_records(config, config.base, bos, run.root, tasks, items)
+        results: dict[str, Any] = {"bos": bos, "tasks": {}}
         for task in tasks:
             entry = {"version": task.version, "metrics": _summary(records[task.name], config.seed)}
             if base is not None:
@@ -141,12 +144,14 @@ def evaluate(config: EvaluateConfig, *, name: str) -> dict[str, Any]:
 def _all_records(
     config: EvaluateConfig,
     source: str | Pretrained,
+    bos: bool | None,
     root: Path,
     tasks: Sequence[Task],
     items: Mapping[str, list[Item]],
-) -> dict[str, Records]:
+) -> tuple[dict[str, Records], bool]:
+    """The records of every task, and whether its texts began with bos."""
     loaded = load_scored_model(
-        source, dtype=config.dtype, bos=config.bos, row_length=config.row_length, batch_rows=config.batch_rows,
+        source, dtype=config.dtype, bos=bos, row_length=config.row_length, batch_rows=config.batch_rows,
         mesh=config.mesh,
     )  # fmt: skip
     sha256 = params_sha256(loaded.params)
@@ -179,7 +184,7 @@ def _all_records(
         }
         write_json_atomic(path, stored)
         found[task.name] = records
-    return found
+    return found, loaded.add_bos
 
 
 def _asked_sha256(loaded: ScoredModel, task: Task, items: Sequence[Item], prefix: str) -> str:

@@ -25,13 +25,13 @@ TASKS = (
 )
 
 
-def make_folder(path, seed):
+def make_folder(path, seed, **options):
     random = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * 0.3, jnp.float32),
         abstract_params(MODEL, 260),
     )
-    return str(export_model(path, params, MODEL, ByteTokenizer()))
+    return str(export_model(path, params, MODEL, ByteTokenizer(), **options))
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,20 @@ def test_a_base_is_compared_item_by_item(config, root):
         other["metrics"]["bits_per_byte"]["value"] - other["base"]["bits_per_byte"]["value"]
     )
     assert change["low"] < change["value"] < change["high"]
+
+
+def test_a_base_reads_the_texts_that_the_model_reads(config, root):
+    """Two folders of the same weights, one asking for bos: without a common rule they would differ."""
+    make_folder(root / "asks", 0, add_bos=True)
+    pair = {"model": str(root / "asks"), "base": str(root / "model"), "tasks": TASKS[:2]}
+    found = {}
+    for bos in (None, True, False):
+        found[bos] = evaluate(EvaluateConfig(**{**vars(config), **pair, "bos": bos}), name="test")
+        change = found[bos]["tasks"]["lambada"]["change"]["nats_per_word"]
+        assert (change["value"], change["low"], change["high"]) == (0.0, 0.0, 0.0)
+        assert found[bos]["bos"] == (bos is not False)
+    values = {bos: r["tasks"]["lambada"]["metrics"]["nats_per_word"]["value"] for bos, r in found.items()}
+    assert values[None] == values[True] != values[False]
 
 
 def test_bad_input_is_exit_code_two_and_one_line_each(root, tmp_path, capsys):
