@@ -165,20 +165,20 @@ def begins_with_bos(source: Pretrained, tokenizer: Tokenizer) -> bool:
 def load_init(init: str | Pretrained, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Params:
     """The parameters that a run starts from, proven to belong to its model and its tokenizer.
 
-    `init` is a checkpoint folder, a model folder, or what names a model in another way. A checkpoint of ours is
-    taken when its shapes fit: a run may go on with another window or rotary base on purpose. Adapters of `model`
+    `init` is a checkpoint folder, a model folder, or what names a model in another way. A checkpoint of ours given by
+    its folder is taken when its shapes fit: a run may go on with another window or rotary base on purpose. Adapters of `model`
     are not among them: those of a new run are new.
 
     Raises:
       NoCheckpoint, AllCheckpointsBad: see checkpoint.py.
       ConfigError: it cannot be read, or is another model, or the data is made with another tokenizer.
     """
-    if isinstance(init, str):
-        if not is_model_folder(init) and not init.endswith(".gguf"):
-            return Checkpoint(path=init).params_as(model.base(), tokenizer.vocab_size, mesh)
-        init = open_pretrained(init)
-    check_same_tokenizer(init, tokenizer)
-    return init.params(model.base(), mesh)
+    by_name = isinstance(init, str)
+    source = open_pretrained(init) if isinstance(init, str) else init
+    check_same_tokenizer(source, tokenizer)
+    if by_name and isinstance(source, Checkpoint):
+        return source.params_as(model.base(), tokenizer.vocab_size, mesh)
+    return source.params(model.base(), mesh)
 
 
 def check_same_tokenizer(source: Pretrained, tokenizer: Tokenizer) -> None:

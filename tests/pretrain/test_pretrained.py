@@ -19,7 +19,8 @@ from pretrain.data.tables import DataConfig
 from pretrain.export import main as export_main
 from pretrain.hf import HfFolder, Stated, export_model
 from pretrain.model.adapters import ADAPTERS, AdapterConfig
-from pretrain.model.transformer import ModelConfig, abstract_params
+from pretrain.model.layers import Rope
+from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params
 from pretrain.optim import AdamWConfig, Constant, OptimConfig, WarmupCosine
 from pretrain.pretrained import Checkpoint, load_init, open_pretrained
 from pretrain.sharding import MeshConfig, make_mesh
@@ -95,6 +96,21 @@ def test_init_lays_parameters_out_for_the_mesh(run):
     found = load_init(str(folder / "checkpoints"), MODEL, tokenizer, mesh)
     assert_same_bits(found, params)
     assert len(found["blocks"]["mlp"]["down"].sharding.device_set) == 8
+
+
+def test_init_by_the_name_of_a_run_refuses_another_tokenizer(run):
+    """Of the same size, so that shapes alone would let it pass."""
+    folder, params, tokenizer = run
+    other = WORDS.build("", lambda n: iter(["quite another text, with other words in it " * 9]))
+    assert other.vocab_size == tokenizer.vocab_size
+    for path in (folder, folder / "checkpoints"):
+        with pytest.raises(ConfigError, match="data.tokenizer must be that of"):
+            load_init(str(path), MODEL, other, None)
+    # Another rotary base is meant, and goes on.
+    turned = dataclasses.replace(MODEL, layer_pattern=(LayerKind(rope=Rope(theta=5e5)),))
+    assert_same_bits(load_init(str(folder), turned, tokenizer, None), params)
+    with pytest.raises(ConfigError, match="layer_pattern"):
+        load_init(Checkpoint(path=str(folder)), turned, tokenizer, None)
 
 
 def test_the_verb_exports_a_run(run, tmp_path, capsys):
