@@ -344,8 +344,11 @@ def _forward(static: _Static, q, k, v, sinks, rows, bounds):
             if sinks_ref is None:
                 top_Q, total_Q = jnp.full((block_q,), FLOOR, jnp.float32), jnp.zeros((block_q,), jnp.float32)
             else:
+                # A sink of -inf is none: it starts at the floor, with nothing in the sum.
                 sink = sinks_ref[head] * LOG2E
-                top_Q, total_Q = jnp.broadcast_to(sink, (block_q,)), jnp.ones((block_q,), jnp.float32)
+                top = jnp.maximum(sink, jnp.float32(FLOOR))
+                weight = jnp.where(sink > FLOOR, jnp.float32(1.0), jnp.float32(0.0))
+                top_Q, total_Q = jnp.broadcast_to(top, (block_q,)), jnp.broadcast_to(weight, (block_q,))
             carry = (
                 _zeros((block_q, width)),
                 plgpu.layout_cast(top_Q, vector),
