@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.lib import cuda_versions  # jax names it in no public module
+from jax._src.distributed import global_state  # jax names these two in no public module
+from jax._src.lib import cuda_versions
 from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
@@ -41,6 +42,19 @@ def cuda_version() -> tuple[int, int, int] | None:
         return None
     number = cuda_versions.cuda_runtime_get_version()
     return number // 1000, number // 10 % 100, number % 10
+
+
+def wait_at_barrier(name: str, timeout_s: int) -> None:
+    """Return when every process of the run has called this with `name`, which no earlier call has had.
+
+    It waits at the coordinator, not on the devices: no collective's own time limit ends it, and signals are handled
+    meanwhile if another thread than the main one waits. Public in none of 0.10 to 0.12.
+
+    Raises:
+      jax.errors.JaxRuntimeError: `timeout_s` seconds are over, or a process is lost.
+    """
+    assert global_state.client is not None, "only after jax.distributed.initialize"
+    global_state.client.wait_at_barrier(name, timeout_s * 1000)
 
 
 def mgpu_kernel(

@@ -10,6 +10,8 @@ import dataclasses
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -17,9 +19,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from pretrain.compat import wait_at_barrier
 from pretrain.config import ConfigError, local
 
 EXIT_PEER_LOST = 7
+_SAY_EVERY_S = 30.0
 _CLUSTERS = ("none", "slurm", "tpu", "torchrun", "explicit")
 
 
@@ -34,6 +38,8 @@ class DistributedConfig:
     process_id: int | None = local(None)
     join_timeout_s: int = local(300)
     heartbeat_timeout_s: int = local(30)  # a process that is silent for so long is lost
+    # How long a process that is done waits for the others, who may still judge, hash and write.
+    end_timeout_s: int = local(7200)
 
     def __post_init__(self):
         faults = []
@@ -59,7 +65,7 @@ class DistributedConfig:
             )
         if self.coordinator and not re.fullmatch(r"(\S+:)?\d+", self.coordinator):
             faults.append(f"coordinator must be host:port, got {self.coordinator!r}")
-        for name in ("join_timeout_s", "heartbeat_timeout_s"):
+        for name in ("join_timeout_s", "heartbeat_timeout_s", "end_timeout_s"):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
         if faults:
@@ -101,9 +107,10 @@ def membership(config: DistributedConfig, environment: Mapping[str, str]) -> Mem
 
 @contextlib.contextmanager
 def joined(config: DistributedConfig) -> Iterator[None]:
-    """Be one of the processes of a run inside the block.
+    """Be one of the processes of a run inside the block; a block that ends without an error waits for the others.
 
-    When another process is lost this one says so and ends with code 7 (see `leave_if_lost`).
+    When another process is lost, or is not done `end_timeout_s` after this one, this one says so and ends with code 7
+    (see `leave_if_lost`).
 
     Raises:
       ConfigError: the launcher's variables are not there, or the processes do not come together in time.
@@ -115,6 +122,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.push(leave_if_lost)
         yield
+        _end_together(config.end_timeout_s)
 
 
 def leave_if_lost(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
@@ -153,6 +161,38 @@ def wait_for_all(what: str) -> None:
     """Go on when every process has come here; `what` must be the same text in all of them."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def _end_together(timeout_s: int) -> None:
+    """Wait until every process has come to its end, saying so twice a minute.
+
+    jax's own farewell has the time limit by which a lost process is noticed, and whoever stays longer than that over
+    the summary would take all others down with it.
+    """
+    if jax.process_count() == 1:
+        return
+    failures: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            wait_at_barrier("all processes are done", timeout_s)
+        except BaseException as error:  # raised below, in the thread that owns the run
+            failures.append(error)
+
+    began = time.monotonic()
+    # In a thread of its own: the main one speaks, and hears Ctrl-C.
+    waiting = threading.Thread(target=wait, name="end", daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(_SAY_EVERY_S)
+        if waiting.is_alive():
+            print(
+                f"process {jax.process_index()} of {jax.process_count()} is done and waits for the others, "
+                f"{time.monotonic() - began:.0f} s of at most distributed.end_timeout_s={timeout_s}",
+                flush=True,
+            )
+    if failures:
+        raise failures[0]
 
 
 def _join(config: DistributedConfig, member: Membership | None) -> None:

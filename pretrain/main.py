@@ -23,7 +23,11 @@ def main(argv: Sequence[str]) -> int:
                 f"{path} must return a TrainConfig for pretrain.main, got {type(config).__name__}"
             )
         with joined(config.distributed):
-            return train(config, name=Path(path).stem).exit_code
+            try:
+                return train(config, name=Path(path).stem).exit_code
+            except TooManySkips as error:  # in all processes alike: they end together
+                print(f"error: {error}", file=sys.stderr)
+                return error.exit_code
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
@@ -32,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         # The loop saves and returns; this is before its first step, when files are whole or not there.
         print("stopped before the first step; the same command begins again", file=sys.stderr)
         return 130
-    except (NoCheckpoint, AllCheckpointsBad, TooManySkips) as error:
+    except (NoCheckpoint, AllCheckpointsBad) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 

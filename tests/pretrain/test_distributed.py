@@ -96,6 +96,7 @@ def test_missing_variables_are_one_clear_line(cluster, environment, words):
             "process_id must lie in",
         ),
         ({"heartbeat_timeout_s": 0}, "heartbeat_timeout_s must be at least 1"),
+        ({"end_timeout_s": 0}, "end_timeout_s must be at least 1"),
     ],
 )
 def test_bad_settings_are_refused(settings, words):
@@ -307,3 +308,50 @@ def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
         processes[1].send_signal(signal.SIGTERM)
         assert [p.wait(timeout=120) for p in processes] == [75, 75], pod.log(0) + pod.log(1)
     assert list((pod.root / "checkpoints").glob("*/manifest.json"))
+
+
+# The first process stays over its summary for longer than a lost process is waited for.
+LATE = """
+import sys, time
+from pretrain import distributed
+
+port, process, end_timeout_s = map(int, sys.argv[1:])
+distributed._SAY_EVERY_S = 2.0
+config = distributed.DistributedConfig(
+    cluster="explicit", coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=process,
+    heartbeat_timeout_s=5, end_timeout_s=end_timeout_s,
+)
+with distributed.joined(config):
+    distributed.wait_for_all("begun")
+    if distributed.is_writer():
+        time.sleep(15)
+"""
+
+
+def end_late(tmp_path: Path, end_timeout_s: int) -> tuple[list[int], list[str]]:
+    """Exit codes and logs of two processes, the first 15 s later than the second."""
+    port, started = free_port(), []
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    for i in range(2):
+        with open(tmp_path / f"log{i}.txt", "w") as log:
+            command = [sys.executable, "-c", LATE, str(port), str(i), str(end_timeout_s)]
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+    with ended(started):
+        codes = [process.wait(timeout=120) for process in started]
+    return codes, [(tmp_path / f"log{i}.txt").read_text() for i in range(2)]
+
+
+@pytest.mark.slow
+def test_all_wait_for_a_process_that_is_late_at_the_end(tmp_path):
+    codes, logs = end_late(tmp_path, end_timeout_s=100)
+    assert codes == [0, 0], "\n".join(logs)
+    assert "process 1 of 2 is done and waits for the others" in logs[1]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_too_late_at_the_end_is_lost(tmp_path):
+    codes, logs = end_late(tmp_path, end_timeout_s=3)
+    assert codes[1] == 7, logs[1]
+    assert "process 1 of 2 lost another one" in logs[1]
