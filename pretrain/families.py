@@ -138,11 +138,24 @@ FAMILIES = (
         defaults={
             "tie_word_embeddings": True, "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "head_dim": 256,
             "sliding_window": 4096, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh",
         },
         activation_key="hidden_activation",
         local_theta=True,
     ),
 )  # fmt: skip
+# Architectures of several models -> the one that reads and writes text: its config lies under `text_config`.
+_TEXT_PARTS = {"gemma3": "gemma3_text"}
+# How names of tensors in their files begin -> how they begin in files of the text model alone. transformers has
+# written both orders; None: tensors of the other models.
+_TEXT_PREFIXES: Mapping[str, str | None] = {
+    "language_model.": "",
+    "model.language_model.": "model.",
+    "vision_tower.": None,
+    "model.vision_tower.": None,
+    "multi_modal_projector.": None,
+    "model.multi_modal_projector.": None,
+}
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -156,8 +169,31 @@ def family_of(config: Json, where: str) -> Family:
     for family in FAMILIES:
         if family.model_type == found:
             return family
-    known = ", ".join(family.model_type for family in FAMILIES)
+    known = ", ".join([*(family.model_type for family in FAMILIES), *_TEXT_PARTS])
     raise ConfigError(f"{where} must be of a known architecture ({known}), got model_type {found!r}")
+
+
+def text_part(config: Json) -> Json:
+    """The config of the model that reads text: the whole one, unless it is of several models."""
+    text, family = config.get("text_config"), _TEXT_PARTS.get(config.get("model_type", ""))
+    if family is None or not isinstance(text, Mapping):
+        return config
+    # What ends a text is said of the whole; a text_config repeats the default there.
+    said = {key: config[key] for key in ("eos_token_id",) if key in config}
+    return {**config, **text, **said, "model_type": family}
+
+
+def text_tensors(config: Json, stored: "Mapping[str, StoredTensor]") -> "Mapping[str, StoredTensor]":
+    """The tensors of the model that reads text, called as in files of that model alone."""
+    if config.get("model_type") not in _TEXT_PARTS:
+        return stored
+    found = {}
+    for name, tensor in stored.items():
+        prefix = next((p for p in _TEXT_PREFIXES if name.startswith(p)), "")
+        renamed = _TEXT_PREFIXES.get(prefix, "")
+        if renamed is not None:
+            found[renamed + name.removeprefix(prefix)] = tensor
+    return found
 
 
 # --- config.json -> ModelConfig ----------------------------------------------------------------------

@@ -20,12 +20,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HfTokenizer
 
 from pretrain import families
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, local
 from pretrain.families import Names
 from pretrain.hf import Stated, check_same_model
 from pretrain.model.layers import LinearScaling, Llama3Scaling, Rope
 from pretrain.model.transformer import LayerKind, ModelConfig, Params
-from pretrain.tokenizer import JsonTokenizer, Tokenizer, check_lossless
+from pretrain.tokenizer import JsonTokenizer, Tokenizer, check_lossless, read_tokenizer_file
 
 _NAMES: Names = {
     "embed.embedding": "token_embd.weight",
@@ -51,6 +51,9 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _EOS_KEYS = tuple(f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom"))
 # Rotary embedding of Gemma 3's windowed layers; the file states the base of the others only.
 _GEMMA3_LOCAL_THETA, _GEMMA3_PERIOD = 10_000.0, 6
+# The 27B alone scales scores by the width of the model over its heads instead of the width of a head; the file does
+# not say so, and llama.cpp too knows it by its number of layers.
+_GEMMA3_27B_LAYERS = 62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +76,14 @@ _ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufFile:
-    """A model in one GGUF file."""
+    """A model in one GGUF file.
+
+    tokenizer_path: a folder with the model's tokenizer.json, for files whose own tokenizer is not read here, such as
+    those of SentencePiece (Llama 2, Gemma).
+    """
 
     path: str
+    tokenizer_path: str = local("")
 
     def model_config(self) -> ModelConfig:
         """The mathematics of the model.
@@ -93,8 +101,9 @@ class GgufFile:
         return content.tensors["token_embd.weight"].shape[0]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in the file."""
-        return GgufTokenizerConfig(path=self.path).build("", lambda max_bytes: iter(()))
+        """The tokenizer in the file, or the one at `tokenizer_path`."""
+        config = GgufTokenizerConfig(path=self.path, tokenizer_path=self.tokenizer_path)
+        return config.build("", lambda max_bytes: iter(()))
 
     def stated(self) -> Stated:
         """What the header says besides; a chat model names the end of a turn apart from the end of a text."""
@@ -233,6 +242,11 @@ def _model_config(content: _Content) -> ModelConfig:
         window = int(content.get("{arch}.attention.sliding_window"))
         local = LayerKind(window=window, rope=Rope(theta=_GEMMA3_LOCAL_THETA))
         kinds = [kinds[0] if (i + 1) % _GEMMA3_PERIOD == 0 else local for i in range(num_layers)]
+    scale = (
+        (width / num_heads) ** -0.5
+        if architecture.family == "gemma3_text" and num_layers == _GEMMA3_27B_LAYERS
+        else None
+    )
     softcaps = {
         field: float(content.get(key)) if content.has(key) else None
         for field, key in (
@@ -249,6 +263,7 @@ def _model_config(content: _Content) -> ModelConfig:
         hidden_width=int(content.get("{arch}.feed_forward_length")),
         layer_pattern=families.shortest_period(kinds),
         tied_head="output.weight" not in content.tensors,
+        attention_scale=scale,
         # The file holds a float32: 1e-5 is meant by the number nearest to it.
         norm_eps=float(
             np.format_float_positional(np.float32(content.get("{arch}.attention.layer_norm_rms_epsilon")))
@@ -287,7 +302,8 @@ def _rope(content: _Content, head_width: int) -> Rope:
 
 _LETTERS_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS_QWEN2 = _LETTERS_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_CONTROL, _USER_DEFINED = 3, 4  # types of tokens
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
+_MAX_DIFFERENT_TOKENS = 0.01
 
 
 def _split(pattern: str) -> list[Any]:
@@ -311,9 +327,14 @@ _PRE_TOKENIZERS: Mapping[str, Callable[[], list[Any]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufTokenizerConfig:
-    """The byte-level BPE in a GGUF file; roles as the file says where none are given here."""
+    """The byte-level BPE in a GGUF file; roles as the file says where none are given here.
+
+    tokenizer_path: a folder whose tokenizer.json is read instead; its tokens must be those of the file.
+    """
 
     path: str  # below data.root
+    # Where the same tokens lie in another form: what they are is proven, and the run knows them by their hash.
+    tokenizer_path: str = local("")  # below data.root
     bos: str | None = None
     eos: str | None = None
     pad: str | None = None
@@ -324,7 +345,10 @@ class GgufTokenizerConfig:
     def build(self, root: str, texts: Callable[[int], Iterator[str]]) -> Tokenizer:
         path = str(Path(root, self.path))
         content = _read(str(Path(path).absolute()), _stamp(path))
-        tokens, text = _tokenizer_json(content.path, _stamp(path))
+        if self.tokenizer_path:
+            tokens, text = _other_tokenizer(content, Path(root, self.tokenizer_path) / "tokenizer.json")
+        else:
+            tokens, text = _tokenizer_json(content.path, _stamp(path))
 
         def stated(role: str) -> str | None:
             key = f"tokenizer.ggml.{role}_token_id"
@@ -349,6 +373,33 @@ class GgufTokenizerConfig:
         return tokenizer
 
 
+def _other_tokenizer(content: _Content, path: Path) -> tuple[list[str], str]:
+    """All tokens of a GGUF file, and a tokenizer.json that has the same.
+
+    Raises:
+      ConfigError: it cannot be read, or its tokens are others.
+    """
+    text = read_tokenizer_file(path).decode(errors="replace")
+    tokens: list[str] = content.get("tokenizer.ggml.tokens")
+    kinds = content.get("tokenizer.ggml.token_type")
+    try:
+        other = HfTokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception, with the reason as its text
+        raise ConfigError(
+            f"tokenizer_path must hold a tokenizer.json, got {path}, which fails: {error}"
+        ) from error
+    normal = [i for i, kind in enumerate(kinds) if kind == _NORMAL]
+    differ = [i for i in normal if other.id_to_token(i) != tokens[i]]
+    # Of one tokenizer a few tokens may be spelled in two ways; of two nearly all differ.
+    if len(differ) > _MAX_DIFFERENT_TOKENS * len(normal):
+        i = differ[0]
+        raise ConfigError(
+            f"tokenizer_path must hold the tokenizer of {content.path}, got {path} with {len(differ)} of {len(normal)} other "
+            f"tokens, the first {other.id_to_token(i)!r} for {tokens[i]!r} as id {i}"
+        )
+    return tokens, text
+
+
 @functools.lru_cache(maxsize=2)
 def _tokenizer_json(path: str, stamp: tuple[int, int]) -> tuple[list[str], str]:
     """All tokens, and the tokenizer.json that does what the file says."""
@@ -357,7 +408,8 @@ def _tokenizer_json(path: str, stamp: tuple[int, int]) -> tuple[list[str], str]:
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise ConfigError(
             f"the tokenizer of a GGUF file must be a byte-level BPE of a known kind ({', '.join(_PRE_TOKENIZERS)}), got "
-            f"{kind!r} with {pre!r} in {path}; give the model's tokenizer.json with TokenizerFileConfig"
+            f"{kind!r} with {pre!r} in {path}; set tokenizer_path of GgufFile and GgufTokenizerConfig to a folder with "
+            "the model's tokenizer.json"
         )
     tokens: list[str] = content.get("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in content.get("tokenizer.ggml.merges")]

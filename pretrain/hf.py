@@ -21,7 +21,13 @@ from pretrain.families import StoredTensor, different_fields
 from pretrain.model.transformer import ModelConfig, Params
 from pretrain.rundir import TEMPORARY_SUFFIX, storage_errors, write_json_atomic
 from pretrain.safetensors_file import open_tensors, split_into_files, write_tensors
-from pretrain.tokenizer import FolderTokenizerConfig, Tokenizer, export_tokenizer, read_chat_templates
+from pretrain.tokenizer import (
+    FolderTokenizerConfig,
+    Tokenizer,
+    export_tokenizer,
+    read_chat_templates,
+    stated_vocab_size,
+)
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _INDEX, _ONE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -60,7 +66,7 @@ class HfFolder:
 
     def vocab_size(self) -> int:
         """Rows of the embedding, which may be more than the tokenizer has ids."""
-        size = self._config().get("vocab_size")
+        size = stated_vocab_size(read_json(Path(self.path, _CONFIG)))
         if not isinstance(size, int):
             raise ConfigError(f"{Path(self.path, _CONFIG)} must state vocab_size, got {size!r}")
         return size
@@ -89,7 +95,7 @@ class HfFolder:
         config = self._config()
         check_same_model(self.model_config(), model, self.path)
         family = families.family_of(config, str(Path(self.path, _CONFIG)))
-        stored = self._tensors()
+        stored = families.text_tensors(read_json(Path(self.path, _CONFIG)), self._tensors())
         ignore = [name for name in stored if name.endswith(_IGNORED_SUFFIXES)]
         if model.tied_head:
             ignore.append("lm_head.weight")  # some writers repeat the embedding under this name
@@ -98,7 +104,7 @@ class HfFolder:
         )
 
     def _config(self) -> Mapping[str, Any]:
-        return read_json(Path(self.path, _CONFIG))
+        return families.text_part(read_json(Path(self.path, _CONFIG)))
 
     def _tensors(self) -> dict[str, StoredTensor]:
         folder = Path(self.path)

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from pretrain.config import ConfigError
 from pretrain.rundir import write_atomic
 
+_GEMMA3_VOCAB_SIZE = 262_208
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<sep>")
 
 # Text that lossy tokenizers are known to change: normal forms, case, runs of blanks, controls, spelled specials.
@@ -157,14 +158,21 @@ class JsonTokenizer:
         if faults:
             raise ConfigError(*faults)
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = ids["pad"], ids["bos"], ids["eos"], ids["sep"]
+        added = self._tokenizer.get_added_tokens_decoder()
+        known = set(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        if vocab_size is not None:
+            # Published text models keep special tokens of their multimodal siblings behind their vocabulary (Gemma 3:
+            # <image_soft_token>). No text is encoded to one, so they need no row.
+            known -= {i for i, token in added.items() if token.special and i >= vocab_size} - set(
+                ids.values()
+            )
         # Ids may have holes: the table of embeddings is as long as the largest id asks.
-        needed = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        needed = 1 + max(known)
         self.vocab_size = needed if vocab_size is None else vocab_size
         if self.vocab_size < needed:
             raise ConfigError(
                 f"a tokenizer must belong to its model, got one with {needed} ids for an embedding of {vocab_size} rows"
             )
-        added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset({*ids.values(), *(i for i, token in added.items() if token.special)})
         self._byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
 
@@ -333,11 +341,22 @@ class FolderTokenizerConfig:
             bos=self.bos or _token_name(stated.get("bos_token")) or eos,
             pad=self.pad or _token_name(stated.get("pad_token")) or eos,
             sep=self.sep or _token_name(stated.get("sep_token")) or eos,
-            vocab_size=_json_object(folder / "config.json").get("vocab_size"),
+            vocab_size=stated_vocab_size(_json_object(folder / "config.json")),
         )
         if self.require_lossless:
             check_lossless(tokenizer, str(folder))
         return tokenizer
+
+
+def stated_vocab_size(config: Mapping[str, Any]) -> int | None:
+    """Rows of the embedding as a config.json states them, of its text part where it is of several models."""
+    text = config.get("text_config")
+    size = text.get("vocab_size") if isinstance(text, Mapping) else None
+    size = config.get("vocab_size") if size is None else size
+    # Published Gemma 3 of several modalities leave it to the default of transformers.
+    return (
+        _GEMMA3_VOCAB_SIZE if size is None and config.get("model_type") in ("gemma3", "gemma3_text") else size
+    )
 
 
 def _json_object(path: Path) -> dict[str, Any]:

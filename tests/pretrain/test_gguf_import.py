@@ -1,5 +1,6 @@
 """GGUF files give the parameters that they were made from, and SmolLM2 reads, scores and writes as llama.cpp does."""
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -11,12 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from pretrain.config import ConfigError
+from pretrain.families import different_fields
 from pretrain.generate import GenerateConfig, Generator, Request
 from pretrain.hf import HfFolder, Stated, export_model
 from pretrain.model.layers import Rope
 from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params, forward, logits
+from pretrain.pretrained import check_same_tokenizer
 from pretrain.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.slow
@@ -50,9 +55,9 @@ def random_params(model):
     )
 
 
-def write(path, model, params, arch, kind=None, more=lambda writer: None):
+def write(path, model, params, arch, kind=None, more=lambda writer: None, tokenizer="gpt2"):
     """What llama.cpp's converter writes for these parameters: rows of q and k interleaved for arch llama."""
-    c, rope = model, model.layer_pattern[-1].rope
+    c, rope = model, next(kind for kind in model.layer_pattern if kind.window is None).rope
     w = gguf.GGUFWriter(str(path), arch)
     w.add_block_count(c.num_layers)
     w.add_embedding_length(c.width)
@@ -64,8 +69,9 @@ def write(path, model, params, arch, kind=None, more=lambda writer: None):
     w.add_rope_freq_base(rope.theta)
     if c.kind(0).window:
         w.add_sliding_window(c.kind(0).window)
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("smollm")
+    w.add_tokenizer_model(tokenizer)
+    if tokenizer == "gpt2":
+        w.add_tokenizer_pre("smollm")
     w.add_token_list(TOKENS)
     w.add_token_types([3] + [1] * (len(TOKENS) - 1))
     w.add_token_merges(["a b", "c d"])
@@ -166,6 +172,46 @@ def test_the_header_states_lengths_ends_and_chats_and_an_export_hands_them_on(tm
     assert HfFolder(path=str(folder)).stated() == stated
     plain = write(tmp_path / "p.gguf", model, params, "llama")
     assert plain.stated() == Stated(eos_ids=(0,))
+
+
+def test_the_27b_of_gemma_3_scales_scores_by_its_width_over_its_heads(tmp_path):
+    """Known by its 62 layers, as llama.cpp knows it; 168 = 5376 / 32 is what the published config states."""
+    pattern = MODELS["gemma3"].layer_pattern
+    deep = dataclasses.replace(
+        MODELS["gemma3"], num_layers=62, width=32, num_heads=2, attention_scale=16**-0.5,
+        layer_pattern=tuple(pattern[i % 6] for i in range(62)),
+    )  # fmt: skip
+    source = write(tmp_path / "m.gguf", deep, random_params(deep), "gemma3")
+    assert different_fields(source.model_config(), deep) == []
+    assert write(tmp_path / "s.gguf", MODELS["gemma3"], random_params(MODELS["gemma3"]), "gemma3").model_config().attention_scale is None  # fmt: skip
+
+
+def test_a_sentencepiece_file_takes_the_tokenizer_of_a_folder(tmp_path):
+    model, params = MODELS["llama"], random_params(MODELS["llama"])
+    path = tmp_path / "m.gguf"
+    write(path, model, params, "llama", tokenizer="llama")
+    with pytest.raises(ConfigError, match="'llama' with.*set tokenizer_path of GgufFile"):
+        gguf_import.GgufFile(path=str(path)).tokenizer()
+
+    def folder(name, tokens):
+        raw = Tokenizer(BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[("a", "b")]))
+        raw.add_special_tokens(["<|end|>", "<image>"])  # the second has no row
+        (tmp_path / name).mkdir()
+        raw.save(str(tmp_path / name / "tokenizer.json"))
+        return str(tmp_path / name)
+
+    source = gguf_import.GgufFile(path=str(path), tokenizer_path=folder("same", TOKENS))
+    tokenizer = source.tokenizer()
+    assert tokenizer.encode("abc") == [TOKENS.index("ab"), TOKENS.index("c")]
+    assert tokenizer.vocab_size == source.vocab_size() == len(TOKENS)
+    assert tokenizer.eos_id == 0
+    trained = gguf_import.GgufTokenizerConfig(path="m.gguf", tokenizer_path="same")
+    check_same_tokenizer(source, trained.build(str(tmp_path), lambda n: iter(())))
+    other = folder("other", [TOKENS[0], *reversed(TOKENS[1:])])
+    with pytest.raises(ConfigError, match=r"must hold the tokenizer of .*m.gguf, got .*other"):
+        gguf_import.GgufFile(path=str(path), tokenizer_path=other).tokenizer()
+    with pytest.raises(ConfigError, match=r"nowhere/tokenizer.json"):
+        gguf_import.GgufFile(path=str(path), tokenizer_path="nowhere").tokenizer()
 
 
 def test_what_cannot_be_read_is_one_clear_line(tmp_path):

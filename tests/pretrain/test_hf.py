@@ -1,5 +1,6 @@
 """What is exported is imported with the same bits, on any mesh; a folder that is not whole is refused in one line."""
 
+import dataclasses
 import json
 import shutil
 
@@ -16,7 +17,7 @@ from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params, 
 from pretrain.pretrained import check_same_tokenizer, load_init, open_pretrained
 from pretrain.safetensors_file import open_tensors, write_tensors
 from pretrain.sharding import MeshConfig, OnMesh, make_mesh
-from pretrain.tokenizer import BytesConfig, ByteTokenizer
+from pretrain.tokenizer import BytesConfig, ByteTokenizer, FolderTokenizerConfig, stated_vocab_size
 
 _SHAPE = {"num_layers": 3, "width": 16, "num_heads": 4, "num_kv_heads": 2, "head_width": 8, "hidden_width": 32, "dtype": "float32"}  # fmt: skip
 _GEMMA = {
@@ -150,6 +151,66 @@ def test_the_embedding_may_have_more_rows_than_the_tokenizer_ids(tmp_path):
     folder = export_model(tmp_path / "padded", random_params(model, 264), model, TOKENIZER)
     source = HfFolder(path=str(folder))
     assert source.vocab_size() == source.tokenizer().vocab_size == 264
+
+
+def test_a_special_token_behind_the_vocabulary_needs_no_row(tmp_path):
+    """As Gemma 3 publishes it: <image_soft_token> has the id after the last row, and no text is encoded to it."""
+    folder, _, _ = export(tmp_path / "m", "gemma3")
+    tokenizer = Raw.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    source = HfFolder(path=str(folder))
+    assert source.tokenizer().vocab_size == source.vocab_size() == V
+    text = "a <image_soft_token> b"
+    assert source.tokenizer().encode(text) == TOKENIZER.encode(text)
+    assert FolderTokenizerConfig(path=str(folder)).build("", lambda n: iter(())).vocab_size == V
+    # One that text is encoded to does need its row, and so does one with a role.
+    tokenizer.add_tokens(["word"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="262 ids for an embedding of 260 rows"):
+        source.tokenizer()
+
+
+@pytest.mark.parametrize("order", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_of_several_modalities_is_imported(tmp_path, order):
+    """The layout of the published Gemma 3 from 4B on, in both orders of names that there are."""
+    model = dataclasses.replace(MODELS["gemma3"], num_heads=8, num_kv_heads=4)
+    params = random_params(model, V)
+    folder = export_model(tmp_path / "m", params, model, TOKENIZER)
+    tensors = open_tensors(folder / "model.safetensors")
+    renamed = {order + name.removeprefix("model."): t for name, t in tensors.items()}
+    prefix = order.replace("language_model.", "").replace("model.", "") if order[0] == "l" else "model."
+    renamed[prefix + "vision_tower.embeddings.weight"] = tensors["model.norm.weight"]
+    renamed[prefix + "multi_modal_projector.mm_soft_emb_norm.weight"] = tensors["model.norm.weight"]
+    values = [(name, t.shape, lambda t=t: t.read(0, t.shape[0])) for name, t in renamed.items()]
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    with open(other / "model.safetensors", "wb") as file:
+        write_tensors(file, values, "float32")
+
+    def nest(values):
+        text = {**values, "eos_token_id": 1}
+        for left_to_the_default in ("num_attention_heads", "num_key_value_heads", "hidden_activation"):
+            del text[left_to_the_default]
+        whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "eos_token_id": [258, 10]}
+        values.clear()
+        values.update(whole)
+
+    edit(other / "config.json", nest)
+    (other / "generation_config.json").unlink()
+    source = HfFolder(path=str(other))
+    assert different_fields(source.model_config(), model) == []
+    assert_same_bits(source.params(model), params)
+    assert source.vocab_size() == source.tokenizer().vocab_size == V
+    assert source.stated() == Stated(max_length=2048, eos_ids=(258, 10))
+
+
+def test_the_vocabulary_of_gemma_3_is_that_of_its_family_where_it_states_none():
+    assert (
+        stated_vocab_size({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}) == 262_208
+    )
+    assert stated_vocab_size({"model_type": "gemma3", "text_config": {"vocab_size": 9}}) == 9
+    assert stated_vocab_size({"model_type": "llama"}) is None
 
 
 CHAT = {"default": "{{ messages[0]['content'] }}\n", "tools": "{% if tools %}x{% endif %}"}
@@ -415,6 +476,33 @@ def test_what_transformers_wrote_is_computed_here_on_one_device_and_on_eight(tmp
     np.testing.assert_allclose(our_logits(source, model, ids), wanted, atol=1e-4)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     np.testing.assert_allclose(our_logits(source, model, ids, mesh), wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_transformers_and_we_read_the_same_text_model_in_a_gemma_of_several_modalities(tmp_path, torch):
+    transformers = pytest.importorskip("transformers")
+    folder, _, model = export(tmp_path / "text", "gemma3")
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=transformers.AutoConfig.from_pretrained(folder).to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=259,
+    )
+    torch.manual_seed(0)
+    peer = transformers.Gemma3ForConditionalGeneration._from_config(
+        config, attn_implementation="eager"
+    ).float()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    peer.save_pretrained(tmp_path / "theirs")
+    source = HfFolder(path=str(tmp_path / "theirs"))
+    assert different_fields(source.model_config(), model) == []
+    ids = batch()
+    np.testing.assert_allclose(our_logits(source, model, ids), their_logits(torch, peer, ids), atol=1e-4)
 
 
 @pytest.mark.slow
