@@ -9,6 +9,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -292,7 +293,8 @@ def attention(
     plan: from `make_plan`, over the S keys; make it once a batch. segment_ids is sugar for that.
     sinks_N: one logit a head that joins the softmax's denominator and carries no value; differentiable.
     q_offset: row of the first query among the keys; needed when T differs from S, and in context parallelism.
-      One offset a batch row, [B], serves decoding: the queries of row b see the keys up to q_offset[b] + t.
+      One offset a batch row, [B], serves decoding: the queries of row b see the keys up to q_offset[b] + t. An integer
+      of Python or NumPy is part of the program, an array of jax is an input to it.
     impl: auto, pallas_tpu, tpu_interpret (the TPU kernels interpreted anywhere), pallas_hopper, cudnn, xla, reference.
     config: tiles, instead of the table's, for an implementation asked for by name.
     interpret: another interpreter for tpu_interpret (pltpu.InterpretParams).
@@ -303,6 +305,7 @@ def attention(
     do this.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, plan, segment_ids, spec, sinks_N, q_offset, impl, config, interpret)
+    q_offset = _known(q_offset)
     batch, num_queries = q_BTNH.shape[:2]
     packed = segment_ids is not None if plan is None else plan.packed
     problem = problem_of(
@@ -396,6 +399,7 @@ def problem_of(
 ) -> Problem:
     """What dispatch looks at when `attention` is called with arrays of these shapes on the current target."""
     platform, device_kind = target()
+    q_offset = _known(q_offset)
     if q_offset is None:
         offset = "none"
     elif isinstance(q_offset, int):
@@ -550,9 +554,25 @@ def _by_cudnn(q_BTNH, k_BSKH, v_BSKH, spec: AttentionSpec, window: tuple[int, in
     )
 
 
+def _known(q_offset):
+    """An offset of NumPy as the integer that it is, for it is known when the program is traced; others unchanged."""
+    known = isinstance(q_offset, np.integer | np.ndarray) and np.ndim(q_offset) == 0
+    return int(q_offset) if known else q_offset
+
+
 def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl, config, interpret) -> None:
     """Every rule on the arguments, all faults at once."""
-    faults = []
+    faults = [
+        f"{name} must be an array, got {type(x).__name__}; convert it by jnp.asarray"
+        for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks), ("segment ids", segment_ids))
+        if not (_is_array(x) or (x is None and name in ("sinks", "segment ids")))
+    ]
+    if not isinstance(spec, AttentionSpec):
+        faults.append(f"spec must be an AttentionSpec, got {type(spec).__name__}; see plan.py")
+    if not isinstance(plan, PackPlan | None):
+        faults.append(f"plan must be a PackPlan, got {type(plan).__name__}; make one with make_plan")
+    if faults:  # what follows asks these for their shapes and fields
+        raise ConfigError(*faults)
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         faults.append(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if config is not None and impl not in ("pallas_tpu", "tpu_interpret", "pallas_hopper"):
@@ -566,6 +586,12 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl, config, inte
             f"q, k, v must be [B, T, N, H], [B, S, K, H] twice, got {q.shape}, {k.shape}, {v.shape}; "
             "split the heads into a dimension of their own"
         )
+    for rule, sizes in (
+        ("q must have at least one row, query and head", q.shape[:3]),
+        ("k must have at least one row, key and head", k.shape[:3]),
+    ):
+        if 0 in sizes:
+            faults.append(f"{rule}, got {sizes}; leave the call out where there is nothing to attend")
     if k.shape != v.shape:
         faults.append(f"k and v must have one shape, got {k.shape} and {v.shape}; pad the narrower")
     if q.shape[0] != k.shape[0]:
@@ -578,7 +604,7 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl, config, inte
         faults.append(
             f"q and k must have one head width, got {q.shape[3]} and {k.shape[3]}; project to one width"
         )
-    if not k.shape[2] or q.shape[2] % k.shape[2]:
+    if k.shape[2] and q.shape[2] % k.shape[2]:
         faults.append(
             f"query heads must be a multiple of key-value heads, got {q.shape[2]} and {k.shape[2]}; "
             f"use a divisor of {q.shape[2]} for the key-value heads"
@@ -592,6 +618,10 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl, config, inte
         faults.append(
             f"sinks must have one logit a query head, [{q.shape[2]}], got {sinks.shape}; reshape them"
         )
+    if sinks is not None and not jnp.issubdtype(sinks.dtype, jnp.floating):
+        faults.append(f"sinks must be floating point, got {sinks.dtype}; cast them to float32")
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        faults.append(f"segment ids must be integers, got {segment_ids.dtype}; cast them to int32")
     if segment_ids is not None and segment_ids.shape != k.shape[:2]:
         faults.append(
             f"segment ids must have one id for each key, {k.shape[:2]}, got {segment_ids.shape}; give those of all keys"
@@ -614,13 +644,45 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl, config, inte
             f"q_offset must be given when queries and keys differ in number, got {q.shape[1]} and {k.shape[1]}; "
             "it is the row of the first query among the keys"
         )
-    if q_offset is not None and jnp.ndim(q_offset) == 1 and not spec.causal:
+    if q_offset is not None:
+        faults += _offset_faults(q_offset, q.shape[0], q.shape[1], k.shape[1], spec)
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _is_array(x: object) -> bool:
+    """Arrays of jax and NumPy, tracers, and shapes that stand for them."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _offset_faults(q_offset, batch: int, num_queries: int, num_keys: int, spec: AttentionSpec) -> list[str]:
+    """What is wrong with an offset; its values are judged where they are known before tracing."""
+    # bool is an int to Python and no row of anything.
+    if isinstance(q_offset, int) and not isinstance(q_offset, bool):
+        q_offset = np.asarray(q_offset)
+    if not _is_array(q_offset) or not jnp.issubdtype(q_offset.dtype, jnp.integer):
+        of = f"an array of {q_offset.dtype}" if _is_array(q_offset) else f"{q_offset!r}"
+        return [f"q_offset must be an integer or an array of integers, got {of}; cast it to int32"]
+    if q_offset.shape not in ((), (batch,)):
+        return [
+            f"q_offset must be one integer, or one a batch row, [{batch}], got shape {q_offset.shape}; give one"
+        ]
+    faults = []
+    if q_offset.shape and not spec.causal:
         faults.append(
             "one offset a row is for causal attention, got causal=False; use one offset for the batch"
         )
-    if isinstance(q_offset, int) and not 0 <= q_offset <= k.shape[1] - q.shape[1]:
-        faults.append(
-            f"q_offset must lie in [0, {k.shape[1] - q.shape[1]}], got {q_offset}; every query needs its own key"
-        )
-    if faults:
-        raise ConfigError(*faults)
+    known = isinstance(q_offset, np.ndarray | np.generic) or (
+        isinstance(q_offset, jax.Array)
+        and not isinstance(q_offset, jax.core.Tracer)
+        and q_offset.is_fully_addressable
+    )
+    if known:
+        # Rows that are decoded together end apart: the queries behind a row's own pad it and see no key of theirs.
+        last = num_keys - (1 if q_offset.shape else num_queries)
+        values = np.asarray(q_offset)
+        if ((values < 0) | (values > last)).any():
+            faults.append(
+                f"q_offset must lie in [0, {last}], got {values.tolist()}; every query needs its own key"
+            )
+    return faults

@@ -113,8 +113,20 @@ def make_plan(
     """The plan of a batch. Runs of equal ids are documents; positions with `pad_id` see only themselves.
 
     Without segment ids every row is one document of `seq_len` and the plan has `batch` rows.
-    Raises ConfigError on ids that decrease along a row, where they are known before tracing.
+    Raises ConfigError on an empty batch or row, on what is no array of integers [B, seq_len], and on ids that decrease
+    along a row, where they are known before tracing.
     """
+    if segment_ids_BS is not None and not isinstance(segment_ids_BS, np.ndarray | jax.Array):
+        raise ConfigError(
+            f"segment ids must be an array, got {type(segment_ids_BS).__name__}; convert them by np.asarray"
+        )
+    if segment_ids_BS is not None and segment_ids_BS.ndim == 2:
+        batch = segment_ids_BS.shape[0]
+    if seq_len < 1 or batch < 1:
+        raise ConfigError(
+            f"a plan must have at least one row and one key, got batch {batch} and seq_len {seq_len}; "
+            "leave empty batches out"
+        )
     if segment_ids_BS is None:
         pos_BS = jnp.broadcast_to(jnp.arange(seq_len, dtype=jnp.int32)[None], (batch, seq_len))
         start_BS, end_BS = jnp.zeros_like(pos_BS), jnp.full_like(pos_BS, seq_len - 1)

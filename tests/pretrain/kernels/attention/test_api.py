@@ -150,12 +150,44 @@ Q, K = array(2, 16, 4, 8), array(2, 16, 2, 8)
         ((Q, K, K), {"config": SMALL}, "config is for an implementation with tiles, got impl='auto'; name one"),
         ((Q, K, K), {"impl": "xla", "interpret": True}, "interpret is for impl='tpu_interpret', got 'xla'"),
         ((Q, K, K), {"segment_ids": np.ones((1, 16), int)}, r"one id for each key, \(2, 16\), got \(1, 16\)"),
+        ((Q, K, K), {"segment_ids": [[1] * 16] * 2}, "segment ids must be an array, got list; convert it by"),
+        ((Q, K, K), {"segment_ids": np.ones((2, 16))}, "segment ids must be integers, got float64; cast them"),
+        (([[[[1.0]]]], K, K), {}, "q must be an array, got list; convert it by"),
+        ((Q, K, K), {"sinks_N": [0.0] * 4}, "sinks must be an array, got list; convert it by"),
+        ((Q, K, K), {"sinks_N": array(4, dtype="int32")}, "sinks must be floating point, got int32; cast them"),
+        ((Q, K, K), {"plan": np.ones((2, 16), int)}, "plan must be a PackPlan, got ndarray; make one with"),
+        ((Q, K, K), {"spec": {"window": 3}}, "spec must be an AttentionSpec, got dict"),
+        ((array(0, 16, 4, 8), *[array(0, 16, 2, 8)] * 2), {}, r"q must have at least one row, .*got \(0, 16, 4\); leave"),
+        ((array(2, 0, 4, 8), K, K), {"q_offset": 0}, r"q must have at least one row, query .*got \(2, 0, 4\); leave"),
+        ((array(2, 0, 4, 8), *[array(2, 0, 2, 8)] * 2), {}, r"k must have at least one row, key .*got \(2, 0, 2\)"),
+        ((array(2, 16, 0, 8), K, K), {}, r"q must have at least one row, query and head, got \(2, 16, 0\)"),
+        ((Q, K, K), {"q_offset": np.int64(3)}, r"q_offset must lie in \[0, 0\], got 3; every query needs"),
+        ((Q, K, K), {"q_offset": jnp.int32(-1)}, r"q_offset must lie in \[0, 0\], got -1; every query needs"),
+        ((Q, K, K), {"q_offset": np.array([0, 16])}, r"q_offset must lie in \[0, 15\], got \[0, 16\]; every"),
+        ((Q, K, K), {"q_offset": jnp.arange(3)}, r"or one a batch row, \[2\], got shape \(3,\); give one"),
+        ((Q, K, K), {"q_offset": np.zeros((2, 1), int)}, r"or one a batch row, \[2\], got shape \(2, 1\)"),
+        ((Q, K, K), {"q_offset": 0.0}, "q_offset must be an integer or an array of integers, got 0.0; cast it"),
+        ((Q, K, K), {"q_offset": False}, "q_offset must be an integer or an array of integers, got False"),
+        ((Q, K, K), {"q_offset": "0"}, "q_offset must be an integer or an array of integers, got '0'"),
+        ((Q, K, K), {"q_offset": [0, 0]}, r"q_offset must be an integer or an array of integers, got \[0, 0\]"),
+        ((Q, K, K), {"q_offset": jnp.zeros(2)}, "or an array of integers, got an array of float32; cast it"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_tracing(arguments, fields, message):
     """Only shapes are given: an implementation that was reached would fail on them with another error."""
     with pytest.raises(ConfigError, match=message):
         attention(*arguments, **fields)
+
+
+def test_an_offset_of_numpy_is_that_of_python():
+    """It is known before tracing: the program is the same, and as good."""
+    q, k = (
+        jax.random.normal(jax.random.key(0), (1, 16, 2, 8)),
+        jax.random.normal(jax.random.key(1), (1, 24, 2, 8)),
+    )
+    for offset in (np.int64(8), np.array(8)):
+        assert api.problem_of(q, k, CAUSAL, packed=False, q_offset=offset).offset == "static"
+        np.testing.assert_array_equal(attention(q, k, k, q_offset=offset), attention(q, k, k, q_offset=8))
 
 
 def test_all_faults_are_told_at_once():

@@ -153,6 +153,20 @@ def test_bad_segment_ids_are_refused(segments, message):
 
 
 @pytest.mark.parametrize(
+    ("segments", "sizes", "message"),
+    [
+        ([[1, 1, 2]], {"seq_len": 3}, "must be an array, got list; convert them by np.asarray"),
+        (np.ones((0, 3), int), {"seq_len": 3}, "at least one row and one key, got batch 0 and seq_len 3"),
+        (None, {"seq_len": 0}, "at least one row and one key, got batch 1 and seq_len 0; leave empty"),
+        (None, {"seq_len": 3, "batch": 0}, "at least one row and one key, got batch 0 and seq_len 3"),
+    ],
+)
+def test_a_plan_of_nothing_or_of_no_array_is_refused(segments, sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(segments, AttentionSpec(), **sizes)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"window": 0}, "window .* >= 1, got 0; use None"),
