@@ -9,6 +9,7 @@ B rows, T query time, S key time.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +34,28 @@ class AttentionSpec:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ConfigError(
-                f"window counts the query itself and must be >= 1, got {self.window}; use None for none"
+        faults = []
+        if not isinstance(self.causal, bool):
+            faults.append(f"causal must be True or False, got {self.causal!r}; give one of them")
+        if self.window is not None and not (_is_whole(self.window) and self.window >= 1):
+            faults.append(
+                f"window counts the query itself and must be an integer >= 1, got {self.window!r}; use None for none"
             )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ConfigError(f"softcap must be > 0, got {self.softcap}; use None for none")
-        if self.scale is not None and not self.scale > 0:
-            raise ConfigError(f"scale must be > 0, got {self.scale}; use None for 1/sqrt(head width)")
+        for name, unset in (("softcap", "none"), ("scale", "1/sqrt(head width)")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            number = _is_whole(value) or isinstance(value, float | np.floating)
+            # `not 0 < value` and not `value <= 0`: NaN is wrong.
+            if not (number and 0 < value < math.inf):
+                faults.append(f"{name} must be a finite number > 0, got {value!r}; use None for {unset}")
+        if faults:
+            raise ConfigError(*faults)
+
+
+def _is_whole(value: object) -> bool:
+    """An integer; to Python True is one too."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 @functools.partial(

@@ -1,6 +1,7 @@
 """The plan and its work lists: exact by brute force, for any packing, window, block and context shard."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -169,11 +170,26 @@ def test_a_plan_of_nothing_or_of_no_array_is_refused(segments, sizes, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"window": 0}, "window .* >= 1, got 0; use None"),
-        ({"softcap": 0.0}, "softcap must be > 0, got 0.0; use None"),
-        ({"scale": -1.0}, "scale must be > 0, got -1.0; use None"),
+        ({"window": 0}, "window .* integer >= 1, got 0; use None"),
+        ({"window": 2.5}, "window .* integer >= 1, got 2.5; use None"),
+        ({"window": True}, "window .* integer >= 1, got True; use None"),
+        ({"softcap": 0.0}, "softcap must be a finite number > 0, got 0.0; use None for none"),
+        ({"softcap": math.inf}, "softcap must be a finite number > 0, got inf; use None for none"),
+        ({"softcap": math.nan}, "softcap must be a finite number > 0, got nan; use None for none"),
+        ({"softcap": "50"}, "softcap must be a finite number > 0, got '50'; use None for none"),
+        ({"scale": 0}, r"scale must be a finite number > 0, got 0; use None for 1/sqrt\(head width\)"),
+        ({"scale": -1.0}, "scale must be a finite number > 0, got -1.0; use None"),
+        ({"scale": math.inf}, "scale must be a finite number > 0, got inf; use None"),
+        ({"scale": math.nan}, "scale must be a finite number > 0, got nan; use None"),
+        ({"causal": None}, "causal must be True or False, got None; give one of them"),
     ],
 )
 def test_bad_specs_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         AttentionSpec(**fields)
+
+
+def test_all_faults_of_a_spec_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        AttentionSpec(window=-1, softcap=math.nan, scale=0.0)
+    assert len(caught.value.faults) == 3
