@@ -43,6 +43,8 @@ from pretrain.rundir import RunDir, write_json_atomic
 from pretrain.sharding import MeshConfig
 
 _REPORT_EVERY_S = 20.0
+# Raised when other metrics, or the same ones in another way, are made of the same items.
+_SCORING = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,6 +192,7 @@ def _all_records(
 def _asked_sha256(loaded: ScoredModel, task: Task, items: Sequence[Item], prefix: str) -> str:
     """Hash of all that decides a task's records besides the config and the parameters."""
     asked = {
+        "scoring": _SCORING,
         "version": task.version,
         "items": [[type(item).__name__, dataclasses.asdict(item)] for item in items],
         "prefix": prefix,

@@ -1,4 +1,8 @@
-"""Multiple choice by likelihood: the option that the model finds likeliest, raw or per byte of its text."""
+"""Multiple choice by likelihood: the option that the model finds likeliest, raw or per character of its text.
+
+Characters, not bytes, since `acc_norm` of EleutherAI's lm-evaluation-harness, by which models are published, divides by
+them (its `acc_bytes` does not); options with letters beyond ASCII would fall otherwise.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,19 +16,19 @@ from pretrain.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChoiceResult:
-    """What came of one item; `chosen_per_byte` divides by the bytes of the option, without the blank before it."""
+    """What came of one item; `chosen_per_character` divides by the length of the option, without the blank before it."""
 
     id: str
     gold: int
     logprobs: tuple[float, ...]
     chosen: int
-    chosen_per_byte: int
+    chosen_per_character: int
 
     @property
     def metrics(self) -> dict[str, float]:
         return {
             "accuracy": float(self.chosen == self.gold),
-            "accuracy_per_byte": float(self.chosen_per_byte == self.gold),
+            "accuracy_per_character": float(self.chosen_per_character == self.gold),
         }
 
 
@@ -41,14 +45,14 @@ def score_choices(
     results = []
     for item in items:
         logprobs = np.array([next(scores)[0] for _ in item.continuations])
-        num_bytes = np.array([max(1, len(text.removeprefix(" ").encode())) for text in item.continuations])
+        lengths = np.array([max(1, len(text.removeprefix(" "))) for text in item.continuations])
         results.append(
             ChoiceResult(
                 id=item.id,
                 gold=item.gold,
                 logprobs=tuple(logprobs.tolist()),
                 chosen=int(np.argmax(logprobs)),
-                chosen_per_byte=int(np.argmax(logprobs / num_bytes)),
+                chosen_per_character=int(np.argmax(logprobs / lengths)),
             )
         )
     return results

@@ -1,8 +1,9 @@
 """How likely a model finds a text after another: many short requests packed into rows of one shape.
 
 Requests lie in a row as documents do in training, told apart by segment ids, so one program is compiled and little is
-computed on padding. Several continuations of one context each carry their own copy of it. Logits are made for the
-tokens that are scored and no others: of a question with its answer that is a part, and the head is dear.
+computed on padding. The last token of a request is scored and not read. Several continuations of one context each carry
+their own copy of it. Logits are made for the tokens that are scored and no others: of a question with its answer that is
+a part, and the head is dear.
 
 B rows, T time, C scored positions of a row, c of them at a time, V vocabulary.
 """
@@ -67,11 +68,12 @@ class PackedScorer:
         """Log-probability of each token from its start on, and whether it was the likeliest; in the order given.
 
         Raises:
-          ConfigError: a start outside [1, length of its row], a row longer than `row_length`, an id out of range.
+          ConfigError: a start outside [1, length of its row], more than `row_length` tokens to read (all but the last),
+            an id out of range.
         """
         self._check(rows, starts)
         scores: dict[int, Score] = {}
-        bins = first_fit_decreasing([len(row) for row in rows], self._row_length)
+        bins = first_fit_decreasing([_num_read(row) for row in rows], self._row_length)
         total, done = sum(map(len, rows)), 0
         for first in range(0, len(bins), self._batch_rows):
             batch = bins[first : first + self._batch_rows]
@@ -100,9 +102,9 @@ class PackedScorer:
         for b, members in enumerate(batch):
             at = 0
             for segment, i in enumerate(members, 1):
-                here = slice(at, at + len(rows[i]))
-                tokens[b, here], segments[b, here] = rows[i], segment
-                positions[b, here] = np.arange(len(rows[i]))
+                here = slice(at, at + _num_read(rows[i]))
+                tokens[b, here], segments[b, here] = rows[i][: _num_read(rows[i])], segment
+                positions[b, here] = np.arange(_num_read(rows[i]))
                 at = here.stop
         return [tokens, segments, positions]
 
@@ -120,7 +122,7 @@ class PackedScorer:
                 here = slice(count, count + len(rows[i]) - starts[i])
                 at_BC[b, here] = np.arange(at + starts[i] - 1, at + len(rows[i]) - 1)
                 targets_BC[b, here] = rows[i][starts[i] :]
-                at, count = at + len(rows[i]), here.stop
+                at, count = at + _num_read(rows[i]), here.stop
             most = max(most, count)
         return at_BC, targets_BC, np.int32(-(-most // _CHUNK_POSITIONS))
 
@@ -129,9 +131,10 @@ class PackedScorer:
         for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
             if not 1 <= start <= len(row):
                 faults.append(f"row {i}: a start must lie in [1, {len(row)}], got {start}")
-            if len(row) > self._row_length:
+            if _num_read(row) > self._row_length:
                 faults.append(
-                    f"row {i}: a prompt with its continuation must fit row_length={self._row_length}, got {len(row)} tokens; raise it"
+                    f"row {i}: a prompt with its continuation, but for its last token, must fit row_length="
+                    f"{self._row_length}, got {_num_read(row)} tokens; raise it"
                 )
             bad = next((t for t in row if not 0 <= t < self.vocab_size), None)
             if bad is not None:
@@ -140,6 +143,11 @@ class PackedScorer:
                 )
         if faults:
             raise ConfigError(*faults)
+
+
+def _num_read(row: Sequence[int]) -> int:
+    """Tokens of a request that the model reads: nothing is predicted from the last one."""
+    return max(1, len(row) - 1)
 
 
 def _score_rows(
@@ -203,12 +211,17 @@ def continuation_row(
 
 
 def window_rows(ids: Sequence[int], prefix_id: int, row_length: int) -> list[tuple[list[int], int]]:
-    """A long text in rows of at most `row_length` tokens: each id is scored once, after what its row holds before it.
+    """A long text in rows of which `row_length` tokens are read: each id is scored once, after what its row holds before it.
 
-    The first row begins with `prefix_id`, the others with the last token of the row before.
+    These are the windows of EleutherAI's lm-evaluation-harness: the first row begins with `prefix_id`, each scores as
+    many ids as are read, and the last one, which has fewer left to score, reads as many ids before them as fit.
     """
-    whole = [prefix_id, *ids]
-    return [(whole[at : at + row_length], 1) for at in range(0, len(whole) - 1, row_length - 1)]
+    whole, rows = [prefix_id, *ids], []
+    for scored in range(0, len(ids), row_length):
+        end = min(scored + row_length, len(ids))  # whole[end] is the last id scored
+        begin = max(0, end - row_length)
+        rows.append((whole[begin : end + 1], scored + 1 - begin))
+    return rows
 
 
 def continuation_scores(

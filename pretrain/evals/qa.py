@@ -1,4 +1,4 @@
-"""Open questions by exact match: one greedy line against the answers that count.
+"""Open questions by exact match: one greedy answer, up to what ends it in its task, against the answers that count.
 
 Answers are compared as in SQuAD (arXiv 1606.05250): case, punctuation, articles and runs of blanks do not count.
 """
@@ -50,14 +50,14 @@ def answer_questions(
     add_bos: bool = False,
     max_new_tokens: int = 24,
 ) -> list[QaResult]:
-    """One greedy line for each question; `prefix` stands before every prompt."""
+    """One greedy answer for each question; `prefix` stands before every prompt."""
     begin = [tokenizer.bos_id] if add_bos else []
     requests = [
         Request(
             ids=tuple(begin + tokenizer.encode(prefix + item.prompt)),
             max_new_tokens=max_new_tokens,
             temperature=0.0,
-            stop=("\n",),
+            stop=item.stop,
             stop_ids=(tokenizer.eos_id,),
         )
         for item in items

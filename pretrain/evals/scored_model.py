@@ -16,7 +16,7 @@ from pretrain.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoredModel:
-    """See the module; `row_length` bounds a prompt with its continuation."""
+    """See the module; `row_length` bounds what is read at once, a prompt with all but the last token after it."""
 
     params: Params
     model: ModelConfig

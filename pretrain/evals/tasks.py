@@ -52,11 +52,12 @@ class LastWord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question with the answers that count; the model writes one line."""
+    """A question with the answers that count; the model writes until one of `stop`."""
 
     id: str
     prompt: str
     answers: tuple[str, ...]
+    stop: tuple[str, ...] = ("\n",)
 
     def solved(self) -> str:
         return f"{self.prompt} {self.answers[0]}"
@@ -200,13 +201,20 @@ class Lambada:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenQuestions:
-    """Questions answered from memory; keys of the records are data."""
+    """Questions answered from memory; keys of the records are data.
+
+    form: how a question is put, {} being the question without its mark. stop: what ends an answer. description: what
+    stands before all of it, once.
+    """
 
     name: str
     file: str
     question_key: str
     answers_key: str
     examples_file: str | None = None
+    form: str = "Question: {}?\nAnswer:"
+    stop: tuple[str, ...] = ("\n",)
+    description: str = ""
     version: int = 1
 
     def items(self, root: str) -> Sequence[Question]:
@@ -220,7 +228,8 @@ class OpenQuestions:
         for number, record in enumerate(read_records(root, file, self.name)):
             question = record[self.question_key].strip().rstrip("?")
             answers = tuple(record[self.answers_key])
-            found.append(Question(id=str(number), prompt=f"Question: {question}?\nAnswer:", answers=answers))
+            prompt = self.form.format(question)
+            found.append(Question(id=str(number), prompt=prompt, answers=answers, stop=self.stop))
         return found
 
 
@@ -231,7 +240,7 @@ class Passages:
     name: str
     file: str
     text_key: str = "text"
-    version: int = 1
+    version: int = 2  # 2: long texts in windows like those of the harness
 
     def items(self, root: str) -> Sequence[Passage]:
         if ".json" not in self.file:
@@ -262,8 +271,16 @@ OPENBOOKQA = Options(
     style="plain",
 )
 WINOGRANDE = Winogrande()
+# As nq_open 4.0 of the harness; its answers end at a full stop or a comma too.
 NATURAL_QUESTIONS = OpenQuestions(
-    name="nq_open", file="nq_open_dev.jsonl.gz", question_key="question", answers_key="answer"
+    name="nq_open",
+    file="nq_open_dev.jsonl.gz",
+    question_key="question",
+    answers_key="answer",
+    form="Q: {}?\nA:",
+    stop=("\n", ".", ","),
+    description="Answer these questions:\n\n",
+    version=2,
 )
 WEB_QUESTIONS = OpenQuestions(
     name="webquestions",
@@ -289,20 +306,23 @@ def choose_items(items: Sequence[Item], max_items: int | None, seed: int) -> lis
 
 
 def few_shot_prefix(task: Task, root: str, num_shots: int, seed: int) -> str:
-    """Solved examples in front of every prompt; the same for all items of a task.
+    """What stands before every prompt of a task: its description and solved examples, the same for all items.
 
     Raises:
       ConfigError: the task has too few.
     """
+    description = task.description if isinstance(task, OpenQuestions) else ""
     if num_shots == 0:
-        return ""
+        return description
     examples = task.examples(root)
     if len(examples) < num_shots:
         raise ConfigError(
             f"{task.name} must have {num_shots} solved examples for its prompt, got {len(examples)}; set num_shots to fewer"
         )
     chosen = random.Random(stable_seed("shots", task.name, seed)).sample(list(examples), num_shots)
-    return "".join(f"{example.solved()}\n\n" for example in chosen if not isinstance(example, Passage))
+    return description + "".join(
+        f"{example.solved()}\n\n" for example in chosen if not isinstance(example, Passage)
+    )
 
 
 # --- files -------------------------------------------------------------------------------------------

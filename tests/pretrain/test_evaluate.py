@@ -71,7 +71,7 @@ def results_of(config, name="test"):
 
 def test_every_kind_of_task_gets_its_metrics_with_intervals(config, capsys):
     tasks = results_of(config)
-    assert list(tasks["options"]["metrics"]) == ["accuracy", "accuracy_per_byte"]
+    assert list(tasks["options"]["metrics"]) == ["accuracy", "accuracy_per_character"]
     assert list(tasks["lambada"]["metrics"]) == ["accuracy", "nats_per_word"]
     bits = tasks["passages"]["metrics"]["bits_per_byte"]
     assert bits["low"] <= bits["value"] <= bits["high"]

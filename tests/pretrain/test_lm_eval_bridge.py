@@ -2,14 +2,17 @@
 
 import importlib
 import json
+from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pretrain.evals.likelihood import continuation_scores
-from pretrain.evals.tasks import Lambada, LastWord, Options, Winogrande
+from pretrain.evals.likelihood import continuation_scores, window_rows
+from pretrain.evals.tasks import NATURAL_QUESTIONS, Lambada, LastWord, Options, Winogrande
 from pretrain.evaluate import EvaluateConfig, evaluate
 from pretrain.hf import export_model
 from pretrain.model.transformer import ModelConfig, abstract_params
@@ -18,6 +21,7 @@ from pretrain.tokenizer import ByteTokenizer
 pytestmark = pytest.mark.slow
 pytest.importorskip("lm_eval", reason="the [harness] extra is not installed")
 bridge = importlib.import_module("pretrain.lm_eval_bridge")
+lm_eval_utils = importlib.import_module("lm_eval.utils")
 
 MODEL = ModelConfig(
     num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_width=8, hidden_width=16, dtype="float32"
@@ -81,10 +85,29 @@ def test_the_harness_finds_the_same_accuracies(root, tmp_path, monkeypatch):
     for task in TASKS:
         metrics = theirs[f"local_{task.name}"]
         assert metrics["acc,none"] == pytest.approx(ours[task.name]["metrics"]["accuracy"]["value"])
-    per_byte = ours["options"]["metrics"]["accuracy_per_byte"]["value"]
-    assert theirs["local_options"]["acc_norm,none"] == pytest.approx(per_byte)
+    per_character = ours["options"]["metrics"]["accuracy_per_character"]["value"]
+    assert theirs["local_options"]["acc_norm,none"] == pytest.approx(per_character)
     # A random model gets no last word right however it is asked.
     assert asked == {pair for task in TASKS for item in task.items(str(root)) for pair in _pairs(item)}
+
+
+@hypothesis.given(ids=st.lists(st.integers(0, 99), max_size=40), length=st.integers(1, 12))
+def test_long_texts_are_read_in_the_windows_of_the_harness(ids, length):
+    theirs = lm_eval_utils.get_rolling_token_windows(ids, 100, length, context_len=1)
+    theirs = [lm_eval_utils.make_disjoint_window(pair) for pair in theirs]
+    ours = window_rows(ids, 100, length)
+    assert [(row[:start], row[start:]) for row, start in ours] == theirs
+
+
+def test_the_prompt_of_nq_open_is_that_of_the_harness():
+    (path,) = Path(lm_eval_utils.__file__).parent.glob("tasks/nq_open/nq_open.yaml")
+    text = path.read_text()
+    assert json.dumps(NATURAL_QUESTIONS.description) in text
+    assert json.dumps(NATURAL_QUESTIONS.form.replace("{}", "{{question}}")) in text
+    until = text.partition("until:")[2].partition("do_sample")[0]
+    assert NATURAL_QUESTIONS.stop == tuple(
+        json.loads(line.strip(" -")) for line in until.split("\n") if line.strip()
+    )
 
 
 def _pairs(item):

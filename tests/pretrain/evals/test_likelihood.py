@@ -40,7 +40,7 @@ def scorer(params):
 @pytest.fixture(scope="module")
 def rows():
     random = np.random.default_rng(1)
-    lengths = [2, 5, 9, 31, 32, 3, 14, 7, 2, 20]
+    lengths = [2, 5, 9, 31, T + 1, 3, 14, 7, 2, 20]  # the longest reads a whole row
     rows = [random.integers(0, V, length).tolist() for length in lengths]
     return rows, [1, 4, 1, 30, 16, 3, 7, 1, 2, 10]
 
@@ -53,7 +53,7 @@ def alone(params, rows):
     found = []
     for row, start in zip(*rows, strict=True):
         padded = np.zeros((1, T), np.int32)
-        padded[0, : len(row)] = row
+        padded[0, : len(row)] = row[:T]
         table = np.asarray(compute(params, padded, positions))[0]
         at = range(start, len(row))
         found.append(
@@ -96,21 +96,29 @@ def test_the_likeliest_token_is_greedy(scorer, rows, alone):
 
 def test_what_cannot_be_scored_is_refused_all_at_once(scorer):
     with pytest.raises(ConfigError) as caught:
-        scorer.score([[1, 2], [1] * (T + 1), [V, 1]], [2, 1, 3])
+        scorer.score([[1, 2], [1] * (T + 2), [V, 1]], [2, 1, 3])
     assert [fault.split(":")[0] for fault in caught.value.faults] == ["row 1", "row 2", "row 2"]
     with pytest.raises(ConfigError, match="must be a multiple of the 4"):
         PackedScorer({"embed": {"embedding": np.zeros((V, 16))}}, MODEL, batch_rows=6, mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)))  # fmt: skip
 
 
 @hypothesis.given(
-    ids=st.lists(st.integers(0, 99), max_size=40), length=st.integers(2, 12), prefix=st.integers(100, 101)
+    ids=st.lists(st.integers(0, 99), max_size=40), length=st.integers(1, 12), prefix=st.integers(100, 101)
 )
-def test_windows_score_every_token_once_after_the_one_before_it(ids, length, prefix):
+def test_windows_score_every_token_once_after_as_many_as_fit(ids, length, prefix):
     rows = window_rows(ids, prefix, length)
     assert [token for row, start in rows for token in row[start:]] == ids
-    assert all(len(row) <= length and start == 1 for row, start in rows)
-    before = [row[0] for row, _ in rows]
-    assert before == [prefix, *ids[length - 2 :: length - 1]][: len(rows)]
+    whole, scored = [prefix, *ids], 0
+    for row, start in rows:
+        scored += len(row) - start
+        # All that is read before the last token: as much as fits, or as there is.
+        assert row == whole[max(0, scored - length) : scored + 1]
+    assert all(len(row) - start == length for row, start in rows[:-1])
+
+
+def test_windows_are_those_of_the_harness_own_example():
+    rows = window_rows(list(range(10)), -1, 4)
+    assert rows == [([-1, 0, 1, 2, 3], 1), ([3, 4, 5, 6, 7], 1), ([5, 6, 7, 8, 9], 3)]
 
 
 def test_a_passage_in_windows_sums_to_the_chain_rule(scorer):
@@ -122,6 +130,7 @@ def test_a_passage_in_windows_sums_to_the_chain_rule(scorer):
             wanted += sum(scorer.score([row], [start])[0].logprobs)
         assert total == pytest.approx(wanted, abs=1e-4)
     assert found[2] == 0.0
+    assert scorer.score([[7]], [1]) == [Score(logprobs=(), greedy=())]
 
 
 def test_the_continuation_takes_the_blanks_and_merges_are_those_of_the_whole():
@@ -150,17 +159,30 @@ class Unigram:
         ]
 
 
-def test_a_choice_is_the_likeliest_raw_and_per_byte():
+def test_a_choice_is_the_likeliest_raw_and_per_character():
     items = [
         Choice(id="x", contexts=("q", "q"), continuations=(" zzz", " a"), gold=1),
         Choice(id="y", contexts=("q", "r"), continuations=(" aaaa", " z"), gold=0),
     ]
     first, second = score_choices(Unigram(), TOKENIZER, items, prefix="shots\n\n")
     assert first.logprobs == (-(32 + 3 * 122), -(32 + 97))
-    assert (first.chosen, first.chosen_per_byte) == (1, 1 if 129 < 398 / 3 else 0)
-    assert (second.chosen, second.chosen_per_byte) == (1, 0)
+    assert (first.chosen, first.chosen_per_character) == (1, 1 if 129 < 398 / 3 else 0)
+    assert (second.chosen, second.chosen_per_character) == (1, 0)
     assert first.metrics["accuracy"] == 1.0
-    assert second.metrics == {"accuracy": 0.0, "accuracy_per_byte": 1.0}
+    assert second.metrics == {"accuracy": 0.0, "accuracy_per_character": 1.0}
+
+
+def test_the_length_of_an_option_is_in_characters_as_in_the_harness():
+    """Per byte the first would be the likelier: 8 bytes and 4 characters against 3 of each."""
+
+    class Two:
+        def score(self, rows, starts):
+            return [Score(logprobs=(x,), greedy=(True,)) for x in (-200.0, -100.0)]
+
+    item = Choice(id="x", contexts=("q", "q"), continuations=(" \u00e9\u00e9\u00e9\u00e9", " abc"), gold=1)
+    (found,) = score_choices(Two(), TOKENIZER, [item])
+    assert -200 / 8 > -100 / 3 > -200 / 4
+    assert found.chosen_per_character == 1
 
 
 def test_a_last_word_counts_when_every_token_of_it_is_the_likeliest():

@@ -39,3 +39,10 @@ def test_an_answer_is_right_when_any_of_the_answers_is_it():
     assert request.ids == (TOKENIZER.bos_id, *TOKENIZER.encode("shots\n\nQuestion: x?\nAnswer:"))
     assert (request.temperature, request.max_new_tokens, request.stop) == (0.0, 7, ("\n",))
     assert request.stop_ids == (TOKENIZER.eos_id,)
+
+
+def test_an_answer_ends_where_its_task_says():
+    item = Question(id="0", prompt="Q: x?\nA:", answers=("Paris",), stop=("\n", ".", ","))
+    writer = Canned([" Paris"])
+    answer_questions(writer, TOKENIZER, [item])
+    assert writer.requests[0].stop == ("\n", ".", ",")

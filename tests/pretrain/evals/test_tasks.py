@@ -1,5 +1,6 @@
 """Tasks read the layouts of their files, put questions as the harness does, and refuse files that are not theirs."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ import pytest
 from pretrain.config import ConfigError
 from pretrain.evals.tasks import (
     LAMBADA,
+    NATURAL_QUESTIONS,
     OPENBOOKQA,
     PIQA,
     WEB_QUESTIONS,
@@ -104,6 +106,19 @@ def test_open_questions_keep_all_answers(tmp_path):
     first, second = WEB_QUESTIONS.items(str(tmp_path))
     assert first.answers == ("A", "B")
     assert second.solved() == "Question: what?\nAnswer: C"
+
+
+def test_natural_questions_are_put_as_in_the_harness(tmp_path):
+    with gzip.open(tmp_path / NATURAL_QUESTIONS.file, "wt") as file:
+        file.write('{"question": "who {wrote} it", "answer": ["A"]}\n')
+    (item,) = NATURAL_QUESTIONS.items(str(tmp_path))
+    assert item.prompt == "Q: who {wrote} it?\nA:"
+    assert item.stop == ("\n", ".", ",")
+    assert few_shot_prefix(NATURAL_QUESTIONS, str(tmp_path), 0, seed=0) == "Answer these questions:\n\n"
+    shots = dataclasses.replace(NATURAL_QUESTIONS, examples_file=NATURAL_QUESTIONS.file)
+    assert few_shot_prefix(shots, str(tmp_path), 1, seed=0) == (
+        "Answer these questions:\n\nQ: who {wrote} it?\nA: A\n\n"
+    )
 
 
 def test_passages_are_records_or_a_whole_text(tmp_path):
