@@ -151,7 +151,7 @@ class Stats:
 
     prompt_tokens: int = 0
     prefilled_tokens: int = 0  # the rest was shared
-    new_tokens: int = 0
+    new_tokens: int = 0  # of texts, without what was drawn behind their ends
     decode_steps: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -399,15 +399,18 @@ class Generator:
             for s, (ids, logprobs) in came.items():
                 slot = slots[s]
                 assert slot is not None
-                new_tokens += len(ids)
+                before = len(slot.ids)
                 slot.ids.extend(ids)
                 slot.logprobs.extend(logprobs)
                 completion = _completion(slot, self.tokenizer)
+                # What was drawn behind the end of a text is nobody's: no rate may count it.
+                delivered = len(slot.ids if completion is None else completion.ids) - before
+                new_tokens += delivered
+                self.stats.new_tokens += delivered
                 if completion is not None:
                     slots[s] = None
                     done += 1
                     yield slot.index, completion
-            self.stats.new_tokens += sum(len(ids) for ids, _ in came.values())
             if report is not None:
                 elapsed_s = time.perf_counter() - began
                 report(

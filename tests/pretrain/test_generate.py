@@ -198,6 +198,23 @@ def test_a_stop_id_ends_the_text_and_is_its_last_id():
     assert ended.text == TOKENIZER.decode(free.ids[:first])
 
 
+def test_the_tokens_counted_are_those_delivered():
+    """Texts that end at ids and at strings inside a look of four tokens: what was drawn behind is not counted."""
+    prompts = [random_ids(np.random.default_rng(i), 6) for i in range(6)]
+    whole = [Request(ids=ids, max_new_tokens=15, temperature=0.0, seed=i) for i, ids in enumerate(prompts)]
+    free = generator().generate(whole)
+    requests = []
+    for i, (request, text) in enumerate(zip(whole, free, strict=True)):
+        plain = [c for c in text.text if c != "\ufffd"]
+        ends = {"stop": (plain[0],)} if i % 2 and plain else {"stop_ids": (text.ids[i],)}
+        requests.append(dataclasses.replace(request, **ends))
+    before, reports = generator().stats.new_tokens, []
+    ended = generator().generate(requests, report=reports.append)
+    delivered = sum(len(completion.ids) for completion in ended)
+    assert delivered < sum(len(completion.ids) for completion in free)
+    assert reports[-1].new_tokens == delivered == generator().stats.new_tokens - before
+
+
 def test_a_stop_string_ends_the_text_before_it():
     request = Request(ids=(70, 71), max_new_tokens=40, temperature=0.9, seed=2)
     free = generator().generate([request])[0]
