@@ -37,6 +37,8 @@ from pretrain.rundir import storage_errors, write_atomic
 from pretrain.sharding import MeshConfig, make_mesh
 
 _REPORT_EVERY_S = 5.0
+# What the output says of a sample, beside the fields of its prompt.
+_OWN_FIELDS = ("sample", "text", "finish", "prompt_tokens", "new_tokens", "logprob")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,8 @@ class SampleJob:
     """Texts to sample.
 
     model: a run folder, a checkpoint folder, a model folder, or another Pretrained. prompts, prompts_file: texts,
-    and a JSONL file with a `prompt` in each line (its other fields are copied to the output). bos: whether prompts
+    and a JSONL file with a `prompt` in each line (its other fields are copied to the output, so they may not have the
+    names of the output's own). bos: whether prompts
     begin with the token that begins a text; none is as the tokenizer asks, and for checkpoints of ours yes.
     end_at_eos: whether the token that ends a text ends the sample. The seed of a sample is derived from `seed`, the
     index of its prompt and its own: no sample depends on the others.
@@ -130,7 +133,8 @@ def _records(job: SampleJob) -> list[dict[str, Any]]:
         return [{"prompt": prompt} for prompt in job.prompts]
     path = Path(job.prompts_file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text may hold other line ends, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts_file must be a readable text file, got {path}: {error}") from error
     records, faults = [], []
@@ -141,6 +145,9 @@ def _records(job: SampleJob) -> list[dict[str, Any]]:
             record = json.loads(line)
             if not isinstance(record["prompt"], str):
                 raise ValueError("prompt is not a text")
+            taken = [name for name in _OWN_FIELDS if name in record]
+            if taken:
+                raise ValueError(f"the output has fields {', '.join(taken)} of its own; rename them")
         except (ValueError, KeyError, TypeError) as error:
             faults.append(f"{path}:{number} must be a JSON object with a prompt, got {line[:60]!r} ({error})")
             continue
@@ -212,8 +219,7 @@ def _line(
     record: dict[str, Any], sample_index: int, request: Request, completion: Completion
 ) -> dict[str, Any]:
     """What the output says about one sample."""
-    return {
-        **record,
+    own = {
         "sample": sample_index,
         "text": completion.text,
         "finish": completion.finish,
@@ -221,6 +227,8 @@ def _line(
         "new_tokens": len(completion.ids),
         "logprob": sum(completion.logprobs),
     }
+    assert tuple(own) == _OWN_FIELDS, tuple(own)
+    return {**record, **own}
 
 
 def _read_part(path: Path, identity: str) -> dict[tuple[int, int], dict[str, Any]]:

@@ -122,6 +122,26 @@ def test_prompts_of_a_file_keep_their_fields(whole, tmp_path):
     assert lines == lines_of(whole)
 
 
+def test_a_line_separator_inside_a_prompt_ends_no_line(tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    texts = ["a\u2028b", "c\u2029\x85d"]
+    prompts.write_text("".join(json.dumps({"prompt": t}, ensure_ascii=False) + "\r\n" for t in texts))
+    sample(job(out, prompts=(), prompts_file=str(prompts), samples_per_prompt=1))
+    lines = [json.loads(line) for line in out.read_text().split("\n") if line]
+    assert [line["prompt"] for line in lines] == texts
+
+
+def test_no_field_of_a_prompt_is_lost_to_one_of_the_output(tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "a", "text": "precious", "logprob": 1, "id": 7}\n{"prompt": "b"}\n')
+    with pytest.raises(ConfigError) as error:
+        sample(job(out, prompts=(), prompts_file=str(prompts)))
+    (fault,) = error.value.faults
+    assert "prompts.jsonl:1" in fault
+    assert "fields text, logprob of its own; rename them" in fault
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
 CONFIG = """
 import dataclasses, importlib.util, sys
 spec = importlib.util.spec_from_file_location("sample_laws", {here!r})
