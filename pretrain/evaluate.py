@@ -285,20 +285,29 @@ def _changes(before: Records, after: Records, seed: int) -> dict[str, Any]:
 
 
 def _json(estimate: Estimate) -> dict[str, Any]:
-    return dataclasses.asdict(estimate)
+    low, high = estimate.interval or (None, None)
+    return {"value": estimate.value, "low": low, "high": high, "items": estimate.items}
 
 
 def table_text(results: Mapping[str, Any]) -> str:
-    """A line a metric: value with its 95% interval, and with a base its value and the change."""
+    """A line a metric: value with its 95% interval, which one item does not have, and with a base its value and the change."""
     lines = []
     for task, entry in results["tasks"].items():
         for metric, e in entry["metrics"].items():
-            line = f"{task + ' v' + str(entry['version']):18} {metric:18} {e['value']:8.4f} [{e['low']:.4f}, {e['high']:.4f}]  n={e['items']}"
+            line = f"{task + ' v' + str(entry['version']):18} {metric:18} {e['value']:8.4f} {_range(e, '')}  n={e['items']}"
             if "change" in entry:
                 c = entry["change"][metric]
-                line += f"   base {entry['base'][metric]['value']:.4f}, change {c['value']:+.4f} [{c['low']:+.4f}, {c['high']:+.4f}]"
+                line += (
+                    f"   base {entry['base'][metric]['value']:.4f}, change {c['value']:+.4f} {_range(c, '+')}"
+                )
             lines.append(line)
     return "\n".join(lines)
+
+
+def _range(entry: Mapping[str, Any], sign: str) -> str:
+    if entry["low"] is None:
+        return "[no interval]"
+    return f"[{entry['low']:{sign}.4f}, {entry['high']:{sign}.4f}]"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -175,7 +175,7 @@ def family_of(config: Json, where: str) -> Family:
 
 def text_part(config: Json) -> Json:
     """The config of the model that reads text: the whole one, unless it is of several models."""
-    text, family = config.get("text_config"), _TEXT_PARTS.get(config.get("model_type", ""))
+    text, family = config.get("text_config"), _TEXT_PARTS.get(str(config.get("model_type")))
     if family is None or not isinstance(text, Mapping):
         return config
     # What ends a text is said of the whole; a text_config repeats the default there.
@@ -185,7 +185,7 @@ def text_part(config: Json) -> Json:
 
 def text_tensors(config: Json, stored: "Mapping[str, StoredTensor]") -> "Mapping[str, StoredTensor]":
     """The tensors of the model that reads text, called as in files of that model alone."""
-    if config.get("model_type") not in _TEXT_PARTS:
+    if str(config.get("model_type")) not in _TEXT_PARTS:
         return stored
     found = {}
     for name, tensor in stored.items():
@@ -207,7 +207,9 @@ def model_config(config: Json, where: str) -> ModelConfig:
     """
     family = family_of(config, where)
     get = _Reader({**family.defaults, **config}, where)
-    activation = get(family.activation_key, default="silu" if family.activation_key == "hidden_act" else None)
+    activation = get(
+        family.activation_key, str, default="silu" if family.activation_key == "hidden_act" else None
+    )
     if _ACTIVATIONS.get(activation) != family.fixed.get("activation", "silu"):
         get.fault(f"{family.activation_key} {activation!r}")
     for key, only in (
@@ -220,41 +222,72 @@ def model_config(config: Json, where: str) -> ModelConfig:
             get.fault(f"{key} {config[key]!r}")
     if config.get("quantization_config"):
         get.fault("quantized tensors")
-    width, num_heads = get("hidden_size"), get("num_attention_heads")
-    num_layers = get("num_hidden_layers")
-    head_width = get("head_dim", default=None)
-    scalar = get("query_pre_attn_scalar", default=None)
-    kinds = _layer_kinds(family, get, num_layers)
+    width, num_heads = get("hidden_size", int), get("num_attention_heads", int)
+    num_layers = get("num_hidden_layers", int)
+    head_width = get("head_dim", int, default=None)
+    scalar = get("query_pre_attn_scalar", float, default=None)
+    values: dict[str, Any] = {
+        "num_layers": num_layers,
+        "width": width,
+        "num_heads": num_heads,
+        "num_kv_heads": get("num_key_value_heads", int, default=None) or num_heads,
+        "head_width": width // num_heads if head_width is None else head_width,
+        "hidden_width": get("intermediate_size", int),
+        "layer_pattern": shortest_period(_layer_kinds(family, get, num_layers)),
+        "tied_head": get("tie_word_embeddings", bool),
+        "norm_eps": get("rms_norm_eps", float, default=1e-6),
+        "attention_scale": None if scalar is None else float(scalar) ** -0.5,
+        "attention_softcap": get("attn_logit_softcapping", float, default=None),
+        "final_softcap": get("final_logit_softcapping", float, default=None),
+    }
     get.check()
-    return ModelConfig(
-        num_layers=num_layers,
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=get("num_key_value_heads", default=None) or num_heads,
-        head_width=width // num_heads if head_width is None else head_width,
-        hidden_width=get("intermediate_size"),
-        layer_pattern=shortest_period(kinds),
-        tied_head=get("tie_word_embeddings"),
-        norm_eps=get("rms_norm_eps", default=1e-6),
-        attention_scale=None if scalar is None else float(scalar) ** -0.5,
-        attention_softcap=get("attn_logit_softcapping", default=None),
-        final_softcap=get("final_logit_softcapping", default=None),
-        dtype="float32",
-        **family.fixed,
-    )
+    return ModelConfig(**values, dtype="float32", **family.fixed)
+
+
+# Types in a config.json: how a message calls them, and a value of each.
+_KINDS: Mapping[type, tuple[str, Any]] = {
+    int: ("a whole number", 1),
+    float: ("a positive number", 1.0),
+    bool: ("true or false", False),
+    str: ("a text", ""),
+    list: ("a list", []),
+    dict: ("an object", {}),
+}
 
 
 class _Reader:
-    """Values of a config.json; what is missing or not supported is collected."""
+    """Values of a config.json; what is missing, of another type or not supported is collected."""
 
-    def __init__(self, values: Json, where: str):
-        self.values, self._where, self._faults = values, where, []
+    def __init__(self, values: Json, where: str, faults: list[str] | None = None):
+        self.values, self._where, self._faults = values, where, [] if faults is None else faults
 
-    def __call__(self, key: str, **default: Any) -> Any:
-        if key not in self.values and not default:
+    def __call__(self, key: str, kind: type, *, least: int = 1, **default: Any) -> Any:
+        """The value of `key`, of a type in _KINDS. Whole numbers are at least `least`, others positive.
+
+        Null is the default, where there is one. After a fault it is one that the reading can go on with.
+        """
+        value = self.values.get(key)
+        if value is None and default:
+            return default["default"]
+        word, neutral = _KINDS[kind]
+        if value is None:
             self._faults.append(f"{self._where} must state {key}, and does not")
-            return 1
-        return self.values.get(key, default.get("default"))
+            return neutral
+        allowed = (int, float) if kind is float else kind
+        right = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+        if right and kind is int:
+            right = value >= least
+        elif right and kind is float:
+            right = value > 0
+        if not right:
+            number = f" of at least {least}" if kind is int else ""
+            self._faults.append(f"{self._where} must state {key} as {word}{number}, got {value!r}")
+            return default.get("default", neutral)
+        return value
+
+    def inside(self, key: str) -> "_Reader":
+        """The object at `key`, empty where there is none."""
+        return _Reader(self(key, dict, default=None) or {}, f"{self._where}, {key},", self._faults)
 
     def fault(self, what: str) -> None:
         self._faults.append(f"{self._where} asks for what this model does not do: {what}")
@@ -266,18 +299,18 @@ class _Reader:
 
 def _layer_kinds(family: Family, get: _Reader, num_layers: int) -> list[LayerKind]:
     """The kind of every layer."""
-    window = get("sliding_window", default=None)
-    types = get("layer_types", default=None)
+    window = get("sliding_window", int, default=None)
+    types = get("layer_types", list, default=None)
     if types is None:
-        period = 1 if window is None else get("sliding_window_pattern", default=1)
+        period = 1 if window is None else get("sliding_window_pattern", int, default=1)
         types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers)]
-        if get("use_sliding_window", default=False):  # Qwen: the upper layers are windowed
-            first = get("max_window_layers", default=0)
+        if get("use_sliding_window", bool, default=False):  # Qwen: the upper layers are windowed
+            first = get("max_window_layers", int, least=0, default=0)
             types = [
                 "sliding_attention" if window is not None and i >= first else "full_attention"
                 for i in range(num_layers)
             ]
-    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+    unknown = sorted({str(t) for t in types} - {"sliding_attention", "full_attention"})
     if unknown or len(types) != num_layers:
         get.fault(f"layer_types of {len(types)} layers with {', '.join(unknown) or 'another count'}")
         return [LayerKind()]
@@ -291,30 +324,27 @@ def _layer_kinds(family: Family, get: _Reader, num_layers: int) -> list[LayerKin
 def _rope(family: Family, get: _Reader, layer_type: str) -> Rope:
     """Rotary embedding of a kind of layer: `rope_parameters`, or the older keys that it replaces."""
     local = family.local_theta and layer_type == "sliding_attention"
-    parameters = get("rope_parameters", default=None) or {}
-    if layer_type in parameters:
-        parameters = parameters[layer_type]
-        local = False
-    elif not parameters and not local:
-        parameters = get("rope_scaling", default=None) or {}
-    theta = float(get("rope_local_base_freq") if local else parameters.get("rope_theta", get("rope_theta")))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if local or kind == "default":
+    inner = get.inside("rope_parameters")
+    if layer_type in inner.values:
+        inner, local = inner.inside(layer_type), False
+    elif not inner.values and not local:
+        inner = get.inside("rope_scaling")
+    if local:
+        return Rope(theta=float(get("rope_local_base_freq", float)))
+    theta = float((inner if "rope_theta" in inner.values else get)("rope_theta", float))
+    kind = inner("rope_type", str, default=None) or inner("type", str, default="default")
+    if kind == "default":
         return Rope(theta=theta)
-    try:
-        if kind == "linear":
-            return Rope(theta=theta, scaling=LinearScaling(factor=float(parameters["factor"])))
-        if kind == "llama3":
-            scaling = Llama3Scaling(
-                factor=float(parameters["factor"]),
-                low_frequency_factor=float(parameters["low_freq_factor"]),
-                high_frequency_factor=float(parameters["high_freq_factor"]),
-                original_length=int(parameters["original_max_position_embeddings"]),
-            )
-            return Rope(theta=theta, scaling=scaling)
-    except KeyError as error:
-        get.fault(f"{kind} rotary scaling without {error.args[0]}")
-        return Rope(theta=theta)
+    if kind == "linear":
+        return Rope(theta=theta, scaling=LinearScaling(factor=float(inner("factor", float))))
+    if kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=float(inner("factor", float)),
+            low_frequency_factor=float(inner("low_freq_factor", float)),
+            high_frequency_factor=float(inner("high_freq_factor", float)),
+            original_length=inner("original_max_position_embeddings", int),
+        )
+        return Rope(theta=theta, scaling=scaling)
     get.fault(f"rotary scaling of type {kind!r}")
     return Rope(theta=theta)
 

@@ -65,10 +65,11 @@ class HfFolder:
         return families.model_config(self._config(), str(Path(self.path, _CONFIG)))
 
     def vocab_size(self) -> int:
-        """Rows of the embedding, which may be more than the tokenizer has ids."""
-        size = stated_vocab_size(read_json(Path(self.path, _CONFIG)))
-        if not isinstance(size, int):
-            raise ConfigError(f"{Path(self.path, _CONFIG)} must state vocab_size, got {size!r}")
+        """Rows of the embedding, which may be more than the tokenizer has ids; ConfigError where none are stated."""
+        path = Path(self.path, _CONFIG)
+        size = stated_vocab_size(read_json(path))
+        if size is None:
+            raise ConfigError(f"{path} must state vocab_size, and does not")
         return size
 
     def tokenizer(self) -> Tokenizer:
@@ -78,13 +79,17 @@ class HfFolder:
     def stated(self) -> Stated:
         """What the folder says besides: of the tokens that end a text generation_config.json has the last word."""
         config, folder = self._config(), Path(self.path)
-        path = folder / _GENERATION
+        path, length = folder / _GENERATION, config.get("max_position_embeddings")
         ends = (read_json(path) if path.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
-        return Stated(
-            max_length=config.get("max_position_embeddings"),
-            eos_ids=() if ends is None else tuple(ends if isinstance(ends, list) else [ends]),
-            chat_templates=read_chat_templates(folder),
-        )
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        faults = []
+        if length is not None and (type(length) is not int or length < 1):
+            faults.append(f"{folder} must state max_position_embeddings as a whole number, got {length!r}")
+        if not all(type(end) is int for end in ends):
+            faults.append(f"{folder} must state eos_token_id as ids of tokens, got {ends}")
+        if faults:
+            raise ConfigError(*faults)
+        return Stated(max_length=length, eos_ids=tuple(ends), chat_templates=read_chat_templates(folder))
 
     def params(self, model: ModelConfig, mesh: Mesh | None = None) -> Params:
         """Its parameters in float32, laid out for `mesh`.
@@ -112,8 +117,10 @@ class HfFolder:
         if not index.exists():
             return dict(open_tensors(folder / _ONE_FILE))
         where = read_json(index).get("weight_map")
-        if not isinstance(where, dict):
-            raise ConfigError(f"{index} must hold a weight_map, got {where!r}")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise ConfigError(
+                f"{index} must hold a weight_map, from tensors to names of files, got {where!r}"
+            )
         files = sorted(set(where.values()))
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:

@@ -72,17 +72,30 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
         raise ConfigError(f"{path} is cut short: its header alone has {length} bytes, the file {size}")
     try:
         header = json.loads(file.read(length))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        needed = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if not isinstance(header, dict):
+            raise ValueError(f"it is no object but {type(header).__name__}")
+        ends = [_end(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        needed = 8 + length + max(ends, default=0)
+    except ValueError as error:
         raise ConfigError(
-            f"{path} must be a safetensors file, got a header that is damaged: {error}"
+            f"{path} must be a safetensors file, got a header that is damaged: {error}; fetch it again"
         ) from error
     if needed > size:
         raise ConfigError(
             f"{path} is cut short: its tensors end at byte {needed}, the file has {size}; fetch it again"
         )
     return header, 8 + length
+
+
+def _end(name: str, entry: Any) -> int:
+    """Where the bytes of a tensor end; ValueError when its entry is not one."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} has no object but {entry!r}")
+    lists = [entry.get("shape"), entry.get("data_offsets")]
+    numbers = all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in lists)
+    if not isinstance(entry.get("dtype"), str) or not numbers or len(entry["data_offsets"]) != 2:
+        raise ValueError(f"{name} needs dtype, shape and two data_offsets, and has {entry}")
+    return entry["data_offsets"][1]
 
 
 def _view(name: str, entry: Mapping[str, Any], buffer: np.ndarray, start: int, path: Path) -> np.ndarray:
@@ -102,7 +115,11 @@ def _view(name: str, entry: Mapping[str, Any], buffer: np.ndarray, start: int, p
 def write_tensors(
     file: BinaryIO, tensors: Iterable[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str
 ) -> None:
-    """Write tensors as `dtype` (float32, bfloat16 or float16), one after the other; each is made when its turn comes."""
+    """Write tensors as `dtype` (float32, bfloat16 or float16), one after the other; each is made when its turn comes.
+
+    Raises:
+      ConfigError: a number is too large for `dtype`.
+    """
     tensors = list(tensors)
     kind = np.dtype(DTYPES[_NAME_OF[dtype]])
     header: dict[str, Any] = {
@@ -119,7 +136,15 @@ def write_tensors(
     for name, shape, make in tensors:
         value = make()
         assert value.shape == shape, (name, value.shape, shape)
-        file.write(np.ascontiguousarray(value.astype(kind)).tobytes())
+        with np.errstate(over="ignore"):  # it is refused below, with its name
+            stored = np.ascontiguousarray(value.astype(kind))
+        over = np.isfinite(value) & ~np.isfinite(stored)
+        if over.any():
+            raise ConfigError(
+                f"the numbers of a tensor must fit {dtype}, at most {float(ml_dtypes.finfo(kind).max):.6g}, got "
+                f"{float(np.abs(value[over]).max()):.6g} in {name}; write bfloat16 or float32"
+            )
+        file.write(stored.tobytes())
 
 
 def split_into_files(

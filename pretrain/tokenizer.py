@@ -349,14 +349,20 @@ class FolderTokenizerConfig:
 
 
 def stated_vocab_size(config: Mapping[str, Any]) -> int | None:
-    """Rows of the embedding as a config.json states them, of its text part where it is of several models."""
+    """Rows of the embedding as a config.json states them, of its text part where it is of several models.
+
+    Raises:
+      ConfigError: as what is no number of rows.
+    """
     text = config.get("text_config")
     size = text.get("vocab_size") if isinstance(text, Mapping) else None
     size = config.get("vocab_size") if size is None else size
-    # Published Gemma 3 of several modalities leave it to the default of transformers.
-    return (
-        _GEMMA3_VOCAB_SIZE if size is None and config.get("model_type") in ("gemma3", "gemma3_text") else size
-    )
+    if size is None:
+        # Published Gemma 3 of several modalities leave it to the default of transformers.
+        return _GEMMA3_VOCAB_SIZE if config.get("model_type") in ("gemma3", "gemma3_text") else None
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"config.json must state vocab_size as a positive whole number, got {size!r}")
+    return size
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -385,12 +391,13 @@ def read_chat_templates(folder: Path) -> dict[str, str]:
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
-    return found | {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    return found | {name: read_tokenizer_file(path).decode(errors="replace") for name, path in files.items()}
 
 
 def _token_name(value: Any) -> str | None:
-    """A token in tokenizer_config.json: its text, or an object with its text."""
-    return value.get("content") if isinstance(value, dict) else value
+    """A token in tokenizer_config.json: its text, or an object with its text; None where it is neither."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
 
 
 def export_tokenizer(

@@ -13,12 +13,20 @@ _LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over items (or a ratio of sums) and the 95% interval of the percentile bootstrap."""
+    """A mean over items (or a ratio of sums) and the 95% interval of the percentile bootstrap.
+
+    Of a single item low and high are its value, which says nothing: a table takes `interval`.
+    """
 
     value: float
     low: float
     high: float
     items: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """(low, high), or None of a single item: nothing is known of how items vary."""
+        return (self.low, self.high) if self.items > 1 else None
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Estimate:

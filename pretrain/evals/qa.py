@@ -1,6 +1,7 @@
 """Open questions by exact match: one greedy answer, up to what ends it in its task, against the answers that count.
 
-Answers are compared as in SQuAD (arXiv 1606.05250): case, punctuation, articles and runs of blanks do not count.
+Answers are compared as in SQuAD (arXiv 1606.05250): case, punctuation, articles and runs of blanks do not count. Where
+nothing else is left of an answer ("The The", "!") they do: there every empty line would be right.
 """
 
 import dataclasses
@@ -36,9 +37,10 @@ class QaResult:
 
 
 def normal_form(answer: str) -> str:
-    """What is compared of an answer."""
-    words = re.sub(r"\b(a|an|the)\b", " ", answer.lower().translate(_PUNCTUATION))
-    return " ".join(words.split())
+    """What is compared of an answer; empty for blanks alone."""
+    plain = answer.lower().translate(_PUNCTUATION)
+    words = re.sub(r"\b(a|an|the)\b", " ", plain)
+    return next((" ".join(t.split()) for t in (words, plain, answer.lower()) if t.strip()), "")
 
 
 def answer_questions(
@@ -65,6 +67,6 @@ def answer_questions(
     results = []
     for item, completion in zip(items, writer.generate(requests), strict=True):
         answer = completion.text.strip()
-        right = normal_form(answer) in {normal_form(a) for a in item.answers}
+        right = bool(answer) and normal_form(answer) in {normal_form(a) for a in item.answers}
         results.append(QaResult(id=item.id, answer=answer, exact=right))
     return results

@@ -10,6 +10,7 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -166,15 +167,20 @@ class Piqa:
             raise ConfigError(
                 f"{self.name} must have a label for each record, got {len(labels)} for {len(records)}"
             )
-        return [
-            Choice(
-                id=str(i),
-                contexts=(f"Question: {r['goal']}\nAnswer:",) * 2,
-                continuations=(f" {r['sol1']}", f" {r['sol2']}"),
-                gold=int(label),
+        found = []
+        for i, (record, label) in enumerate(zip(records, labels, strict=True)):
+            goal, *ways = (_text(record, key, f"{self.name} {i}") for key in ("goal", "sol1", "sol2"))
+            if label not in ("0", "1"):
+                raise ConfigError(f"{self.name} {i} must have the label 0 or 1, got {label!r}")
+            found.append(
+                Choice(
+                    id=str(i),
+                    contexts=(f"Question: {goal}\nAnswer:",) * 2,
+                    continuations=tuple(f" {way}" for way in ways),
+                    gold=int(label),
+                )
             )
-            for i, (r, label) in enumerate(zip(records, labels, strict=True))
-        ]
+        return found
 
     def examples(self, root: str) -> Sequence[Choice]:
         return []
@@ -191,7 +197,7 @@ class Lambada:
     def items(self, root: str) -> Sequence[LastWord]:
         found = []
         for number, record in enumerate(read_records(root, self.file, self.name)):
-            context, blank, word = record["text"].rpartition(" ")
+            context, blank, word = _text(record, "text", f"{self.name} {number}").rpartition(" ")
             found.append(LastWord(id=str(number), context=context, word=blank + word))
         return found
 
@@ -226,10 +232,15 @@ class OpenQuestions:
     def _read(self, root: str, file: str) -> list[Question]:
         found = []
         for number, record in enumerate(read_records(root, file, self.name)):
-            question = record[self.question_key].strip().rstrip("?")
-            answers = tuple(record[self.answers_key])
+            where = f"{self.name} {number}"
+            question = _text(record, self.question_key, where).strip().rstrip("?")
+            answers = _value(record, self.answers_key, where)
+            if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+                raise ConfigError(
+                    f"{where} must hold a list of texts under {self.answers_key!r}, got {answers!r}"
+                )
             prompt = self.form.format(question)
-            found.append(Question(id=str(number), prompt=prompt, answers=answers, stop=self.stop))
+            found.append(Question(id=str(number), prompt=prompt, answers=tuple(answers), stop=self.stop))
         return found
 
 
@@ -246,7 +257,8 @@ class Passages:
         if ".json" not in self.file:
             return [Passage(id="0", text=read_text(root, self.file, self.name))]
         records = read_records(root, self.file, self.name)
-        return [Passage(id=str(i), text=r[self.text_key]) for i, r in enumerate(records) if r[self.text_key]]
+        texts = [_text(r, self.text_key, f"{self.name} {i}") for i, r in enumerate(records)]
+        return [Passage(id=str(i), text=text) for i, text in enumerate(texts) if text]
 
     def examples(self, root: str) -> Sequence[Passage]:
         return []
@@ -339,7 +351,7 @@ def read_text(root: str, file: str, name: str) -> str:
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigError(
             f"task {name} must find its file below data_root, got {path}: {getattr(error, 'strerror', None) or error}"
         ) from error
@@ -365,13 +377,29 @@ def _lines(text: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def _value(record: Any, key: str, where: str) -> Any:
+    """What a record holds under `key`; ConfigError where it has no such key."""
+    if not isinstance(record, dict) or key not in record:
+        has = f"the keys {', '.join(map(repr, record))}" if isinstance(record, dict) else repr(record)[:60]
+        raise ConfigError(f"{where} must be an object with {key!r}, got {has}; is it this task's file?")
+    return record[key]
+
+
+def _text(record: Any, key: str, where: str) -> str:
+    value = _value(record, key, where)
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} must hold a text under {key!r}, got {value!r}")
+    return value
+
+
 def _options(record: Mapping[str, Any], where: str, word: str) -> tuple[str, list[str], int]:
     """The question, its options and the index of the right one, from an `instruction` that holds them all."""
-    text = record["instruction"].partition(": ")[2]
+    instruction, answer = _text(record, "instruction", where), _text(record, "answer", where)
+    text = instruction.partition(": ")[2]
     text = re.split(r"\s*Answer format:", text)[0]
     question, _, listed = text.rpartition(f"\n\n{word.title()}1: ")
     parts = re.split(rf"\s+{word.title()}\d+: ", listed)
-    gold = record["answer"].removeprefix(word)
-    if not question or not gold.isdigit() or not 1 <= int(gold) <= len(parts) or len(parts) < 2:
-        raise ConfigError(f"{where} must list options and name one of them, got {record['instruction']!r}")
+    gold = answer.removeprefix(word)
+    if not question or not gold.isdecimal() or not 1 <= int(gold) <= len(parts) or len(parts) < 2:
+        raise ConfigError(f"{where} must list options and name one of them, got {instruction!r}")
     return question.strip(), [part.strip() for part in parts], int(gold) - 1

@@ -197,6 +197,13 @@ def test_bad_input_is_exit_code_two_and_one_line_each(root, tmp_path, capsys):
     assert "solved examples" in lines[0]
 
 
+def test_one_item_has_no_interval(config, capsys):
+    one = results_of(EvaluateConfig(**{**vars(config), "max_items": 1, "base": config.model}))
+    bits = one["passages"]["metrics"]["bits_per_byte"]
+    assert (bits["low"], bits["high"], bits["items"]) == (None, None, 1)
+    assert "[no interval]  n=1" in capsys.readouterr().out
+
+
 def test_faults_of_a_config_come_together():
     with pytest.raises(ConfigError) as caught:
         EvaluateConfig(model="m", tasks=(TASKS[0], TASKS[0]), only=("x",), row_length=1, max_items=0)

@@ -324,6 +324,74 @@ def test_what_the_model_does_not_do_is_refused_all_at_once(folder):
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": "16"}, ["hidden_size as a whole number of at least 1, got '16'"]),
+        ({"num_attention_heads": 0, "rms_norm_eps": "small"}, ["num_attention_heads", "rms_norm_eps as a positive number"]),
+        ({"tie_word_embeddings": 1}, ["tie_word_embeddings as true or false, got 1"]),
+        ({"rope_theta": None, "rope_scaling": [8]}, ["rope_theta", "rope_scaling as an object, got [8]"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, ["rope_scaling, must state factor", "low_freq_factor, and does not"]),
+        ({"layer_types": {"a": 1}}, ["layer_types as a list"]),
+        ({"layer_types": [["full_attention"], 2, 3]}, ["layer_types of 3 layers"]),
+        ({"vocab_size": "many"}, ["vocab_size as a positive whole number, got 'many'"]),
+        ({"model_type": ["llama"]}, ["known architecture"]),
+    ],
+)  # fmt: skip
+def test_a_config_of_the_wrong_types_is_refused_by_key_all_at_once(folder, changes, said):
+    edit(folder / "config.json", lambda v: v.update(changes))
+    source = HfFolder(path=str(folder))
+    read = source.vocab_size if "vocab_size" in changes else source.model_config
+    with pytest.raises(ConfigError) as caught:
+        read()
+    assert len(caught.value.faults) >= len(said)
+    for words in said:
+        assert words in str(caught.value)
+
+
+def test_statements_of_the_wrong_types_are_refused(folder):
+    edit(folder / "config.json", lambda v: v.update(max_position_embeddings="long"))
+    edit(folder / "generation_config.json", lambda v: v.update(eos_token_id=["</s>"]))
+    with pytest.raises(ConfigError) as caught:
+        HfFolder(path=str(folder)).stated()
+    assert len(caught.value.faults) == 2
+    edit(folder / "tokenizer_config.json", lambda v: v.update(eos_token=7))
+    with pytest.raises(ConfigError, match="names no eos token"):
+        HfFolder(path=str(folder)).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"shape": [1], "data_offsets": [0, 4]}, "x needs dtype"),
+        ({"dtype": "F32", "data_offsets": [0, 4]}, "x needs dtype"),
+        ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "x needs dtype"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [4]}, "x needs dtype"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": "04"}, "x needs dtype"),
+        (7, "x has no object but 7"),
+    ],
+)
+def test_a_header_that_lacks_what_a_tensor_needs_is_one_line(tmp_path, entry, said):
+    path = tmp_path / "model.safetensors"
+    header = json.dumps({"x": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ConfigError, match=f"a header that is damaged: {said}") as caught:
+        open_tensors(path)
+    assert len(caught.value.faults) == 1
+
+
+def test_numbers_too_large_for_the_type_of_a_file_are_refused_by_the_name_of_their_tensor(tmp_path):
+    model = MODELS["llama"]
+    params = random_params(model, V)
+    params["blocks"]["mlp"]["down"] = params["blocks"]["mlp"]["down"].at[1, 0, 0].set(-7e4)
+    with pytest.raises(
+        ConfigError, match=r"fit float16, at most 65504, got 70000 in model.layers.1.mlp.down_proj"
+    ):
+        export_model(tmp_path / "half", params, model, TOKENIZER, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+    export_model(tmp_path / "brain", params, model, TOKENIZER, dtype="bfloat16")
+
+
 def test_another_model_than_that_of_the_config_is_refused_field_by_field(folder):
     faults = refused(folder, ModelConfig(num_layers=4, width=16, num_heads=4, num_kv_heads=4, head_width=8, hidden_width=32)).faults  # fmt: skip
     assert any("num_layers=3 where model.num_layers is 4" in fault for fault in faults)

@@ -39,6 +39,13 @@ def test_pairing_finds_a_small_change_among_items_that_differ_much():
     assert 0.08 < found.low < 0.1 < found.high < 0.12
 
 
+def test_one_item_has_a_value_and_no_interval():
+    assert mean_interval([0.3]).interval is None
+    assert mean_interval([0.3]).value == 0.3
+    found = mean_interval([0.0, 1.0])
+    assert found.interval == (found.low, found.high)
+
+
 def test_the_same_values_give_the_same_interval():
     assert mean_interval([0.0, 1.0, 1.0]) == mean_interval([0.0, 1.0, 1.0])
     same = paired_difference([1.0, 2.0], [1.0, 2.0])

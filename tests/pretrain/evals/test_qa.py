@@ -13,6 +13,19 @@ def test_case_punctuation_articles_and_blanks_do_not_count():
     assert normal_form("theatre") != normal_form("atre")
 
 
+def test_an_answer_that_is_all_article_or_punctuation_is_compared_as_it_is():
+    assert normal_form("The The") == normal_form("the  the") != normal_form("")
+    assert normal_form(" A ") == "a"
+    assert normal_form("!") == "!"
+    items = [
+        Question(id="0", prompt="x", answers=("A", "")),
+        Question(id="1", prompt="y", answers=("The The",)),
+    ]
+    for texts, wanted in (((" ", ""), (0.0, 0.0)), (("A.", "the the"), (1.0, 1.0))):
+        found = answer_questions(Canned(list(texts)), TOKENIZER, items)
+        assert tuple(r.metrics["exact_match"] for r in found) == wanted
+
+
 class Canned:
     """Writes what is given, and keeps what it was asked."""
 

@@ -143,6 +143,47 @@ def test_a_missing_or_damaged_file_is_one_clear_line(tmp_path):
         ARC.items(str(tmp_path))
 
 
+def test_a_gzip_file_that_is_damaged_inside_is_one_clear_line(tmp_path):
+    path = tmp_path / LAMBADA.file
+    data = bytearray(gzip.compress(json.dumps({"text": " ".join(map(str, range(3000)))}).encode()))
+    data[len(data) // 2] ^= 0xFF
+    data[len(data) // 2 + 1] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="task lambada must find its file"):
+        LAMBADA.items(str(tmp_path))
+    path.write_bytes(data[:10] + b"\xff" * 50)
+    with pytest.raises(ConfigError, match="task lambada must find its file"):
+        LAMBADA.items(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "said"),
+    [
+        (ARC, {"answer": "answer1"}, "arc 0 must be an object with 'instruction', got the keys 'answer'"),
+        (ARC, "text", "arc 0 must be an object with 'instruction', got 'text'"),
+        (dataclasses.replace(LAMBADA, file="test.json"), {"words": 1}, "lambada 0 must be an object with 'text'"),
+        (dataclasses.replace(LAMBADA, file="test.json"), {"text": 1}, "lambada 0 must hold a text under 'text', got 1"),
+        (dataclasses.replace(WEB_QUESTIONS, file="test.json"), {"qText": "x"}, "webquestions 0 .* with 'answers'"),
+        (dataclasses.replace(WEB_QUESTIONS, file="test.json"), {"qText": "x", "answers": "Rome"}, "a list of texts .* got 'Rome'"),
+        (Passages(name="p", file="test.json"), {"body": "x"}, "p 0 must be an object with 'text'"),
+    ],
+)  # fmt: skip
+def test_a_record_without_its_keys_is_one_clear_line(tmp_path, task, record, said):
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    with pytest.raises(ConfigError, match=said) as caught:
+        task.items(str(tmp_path))
+    assert len(caught.value.faults) == 1
+
+
+def test_labels_are_numbers_of_the_two_ways(tmp_path):
+    task = dataclasses.replace(PIQA, file="a.jsonl", labels_file="labels.lst")
+    (tmp_path / "a.jsonl").write_text('{"goal": "Cut.", "sol1": "knife", "sol2": "spoon"}\n')
+    for label in ("2", "x"):
+        (tmp_path / "labels.lst").write_text(label)
+        with pytest.raises(ConfigError, match=f"piqa 0 must have the label 0 or 1, got '{label}'"):
+            task.items(str(tmp_path))
+
+
 def test_items_are_drawn_once_by_the_seed():
     items = [Choice(id=str(i), contexts=("a", "b"), continuations=("c", "d"), gold=0) for i in range(50)]
     drawn = choose_items(items, 10, seed=3)
