@@ -37,6 +37,7 @@ from pretrain.config import ConfigError, local
 from pretrain.distributed import same_everywhere
 from pretrain.health import Ledger, hash_leaves, hash_text, named_leaves
 from pretrain.rundir import file_sha256, storage_errors, write_atomic
+from pretrain.sharding import host_blocks
 
 State = TypeVar("State")
 
@@ -472,15 +473,19 @@ def verify(folder: str | Path) -> list[dict[str, Any]]:
     return manifest["leaves"]
 
 
-def params_sha256(params: Any) -> str:
-    """sha256 (hex) over all parameters in path order: path, dtype, shape, little-endian bytes."""
+def params_sha256(params: Any, *, block_bytes: int = 256 << 20) -> str:
+    """sha256 (hex) over all parameters in path order: path, dtype, shape, little-endian bytes.
+
+    The mesh does not matter. In a multi-process run every process calls it and gets the same; beside what the
+    parameters take, a device and a host hold a few times `block_bytes`, whatever the size of the model.
+    """
     digest = hashlib.sha256()
     for name, leaf in named_leaves(params).items():
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        array = np.asarray(leaf)
-        digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes())
+        leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        digest.update(f"{name}\0{leaf.dtype.name}\0{leaf.shape}\0".encode())
+        for block in host_blocks(leaf, block_bytes) if isinstance(leaf, jax.Array) else (leaf,):
+            block = np.ascontiguousarray(block.astype(block.dtype.newbyteorder("<"), copy=False))
+            digest.update(block.reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 

@@ -9,10 +9,12 @@ so the model runs unchanged on one device.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -244,3 +246,98 @@ class OnMesh:
         """As `jax.jit(f).lower`."""
         with self._scope():
             return self._function.lower(*arguments)
+
+
+# --- to the host -------------------------------------------------------------------------------------
+
+
+def host_blocks(array: jax.Array, block_bytes: int) -> Iterator[np.ndarray]:
+    """The elements of `array` in C order, in blocks of at most `block_bytes` bytes where an element is no larger.
+
+    Every process of the run goes through the same blocks at the same time and gets all of them, also of arrays that
+    no host holds whole. While a block is made it lies on every device, whatever the mesh: a stacked leaf of a large
+    model has tens of GiB, and gathering one at once takes more memory than training.
+    """
+    sharding = array.sharding
+    if array.is_fully_addressable and (
+        array.nbytes <= block_bytes or not isinstance(sharding, NamedSharding)
+    ):
+        yield np.asarray(array)
+        return
+    assert isinstance(sharding, NamedSharding), sharding  # what our programs leave behind
+    block = block_shape(array.shape, sharding.shard_shape(array.shape), block_bytes // array.dtype.itemsize)
+    take = block_reader(sharding, array.shape, block)
+    for start in itertools.product(*map(range, [0] * array.ndim, array.shape, block)):
+        yield np.asarray(take(array, np.asarray(start, np.int32)))
+
+
+def block_shape(shape: Sequence[int], local: Sequence[int], num_elements: int) -> tuple[int, ...]:
+    """The largest block whose elements follow each other in C order and whose cut falls on no border of a shard."""
+    block = [1] * len(shape)
+    for dim in reversed(range(len(shape))):
+        rest = int(np.prod(shape[dim + 1 :], dtype=np.int64))
+        if shape[dim] * rest <= num_elements:
+            block[dim] = shape[dim]
+            continue
+        sizes = range(1, local[dim] + 1)
+        block[dim] = max((n for n in sizes if local[dim] % n == 0 and n * rest <= num_elements), default=1)
+        break
+    return tuple(block)
+
+
+def block_reader(sharding: NamedSharding, shape: Sequence[int], block: Sequence[int]) -> OnMesh:
+    """The jitted `(array, start int32[dims]) -> array[start : start + block]`, whole on every device.
+
+    Each dim of `block` is the whole dim, or divides a shard's.
+    """
+    mesh, local = sharding.mesh, sharding.shard_shape(tuple(shape))
+    assert isinstance(mesh, Mesh)
+    axes = [axis_names(entry) for entry in (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))]
+
+    def read(part: jax.Array, start: jax.Array) -> jax.Array:
+        here, first, size, owners = True, [], [], ()
+        for dim, whole in enumerate(shape):
+            if block[dim] == whole:
+                first.append(0)
+                size.append(local[dim])
+                continue
+            first.append(start[dim] % local[dim])
+            size.append(block[dim])
+            if axes[dim]:
+                here &= jax.lax.axis_index(axes[dim]) == start[dim] // local[dim]
+                owners += axes[dim]
+        piece = jax.lax.dynamic_slice(part, first, size)
+        if owners:  # who has nothing adds zero; as integers, because -0.0 + 0.0 is 0.0
+            words = _as_words(piece)
+            words = jax.lax.psum(jnp.where(here, words, jnp.zeros_like(words)), owners)
+            piece = _from_words(words, piece.dtype)
+        for dim, whole in enumerate(shape):
+            if block[dim] == whole and local[dim] != whole:
+                piece = jax.lax.all_gather(piece, axes[dim], axis=dim, tiled=True)
+        return piece
+
+    # A gathered block is the same everywhere, which the check of what varies over which axis cannot know.
+    whole_everywhere = jax.shard_map(
+        read,
+        mesh=mesh,
+        in_specs=(sharding.spec, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return OnMesh(jax.jit(whole_everywhere), mesh)
+
+
+def _as_words(x: jax.Array) -> jax.Array:
+    """The bits of `x` as integers of 32 bits or more, which all backends add up."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return bits.astype(jnp.uint32) if x.dtype.itemsize < 4 else bits
+
+
+def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `_as_words`."""
+    if dtype == jnp.bool_:
+        return words.astype(dtype)
+    bits = words.astype(jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}"))
+    return jax.lax.bitcast_convert_type(bits, dtype)

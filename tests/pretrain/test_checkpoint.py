@@ -35,6 +35,7 @@ from pretrain.checkpoint import (
 from pretrain.config import ConfigError, local
 from pretrain.config import to_json as config_to_json
 from pretrain.health import Ledger, init_health
+from pretrain.sharding import block_reader, block_shape, host_blocks
 
 ITEMS = ("params", "opt_state", "health", "data", "ledger", "meta")
 OPTIMIZER = optax.chain(
@@ -222,6 +223,52 @@ def test_params_sha256_sees_path_dtype_shape_and_every_bit():
     ]
     assert len({params_sha256(p) for p in [params, *changed]}) == 6
     assert params_sha256({"a": np.zeros(2, ">f4")}) == params_sha256({"a": np.zeros(2, "<f4")})
+
+
+LEAVES = {
+    "narrow": np.arange(8 * 6 * 4, dtype=np.float32).reshape(8, 6, 4) - 90.5,
+    "signs": np.where(np.arange(16) % 3, -0.0, np.nan).astype(np.float32).reshape(4, 4),
+    "half": np.linspace(-3, 3, 64, dtype=np.float32).reshape(2, 4, 8).astype(jnp.bfloat16),
+    "bytes": np.arange(32, dtype=np.int8).reshape(4, 8) - 7,
+    "flags": (np.arange(32) % 5 == 0).reshape(8, 4),
+    "scalar": np.float32(3.5),
+}
+LAYOUTS = [
+    {"narrow": ("a", None, "b"), "signs": (None, "a"), "half": ("b", "a"), "bytes": ("b", "a"), "flags": (("a", "b"),)},
+    {"narrow": (("b", "a"),), "signs": ("a", "b"), "half": (None, None, ("a", "b")), "bytes": (None, "b"), "flags": ("a",)},
+    {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_params_sha256_is_that_of_the_whole_arrays_for_any_layout_and_block(layout, kind):
+    wanted = params_sha256(LEAVES)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    laid = {
+        name: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*layout.get(name, ()))))
+        for name, leaf in LEAVES.items()
+    }
+    for block_bytes in (4, 40, 1 << 20):
+        assert params_sha256(laid, block_bytes=block_bytes) == wanted, block_bytes
+
+
+@pytest.mark.parametrize(
+    "spec", [("a", "b"), ("b", None, "a"), (None, "a", "b"), (None, None, ("a", "b"))], ids=str
+)
+def test_a_large_leaf_reaches_the_host_in_blocks_and_lies_on_no_device_whole(spec):
+    leaf_bytes, block_bytes = 64 << 20, 1 << 20
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    sharding, shape = NamedSharding(mesh, PartitionSpec(*spec)), (4, 1024, 4096)
+    leaf = jax.jit(lambda: jnp.ones(shape), out_shardings=sharding)()
+    blocks = [block.nbytes for block in host_blocks(leaf, block_bytes)]
+    assert sum(blocks) == leaf_bytes
+    assert max(blocks) <= block_bytes
+    block = block_shape(shape, sharding.shard_shape(shape), block_bytes // 4)
+    memory = (
+        block_reader(sharding, shape, block).lower(leaf, np.zeros(3, np.int32)).compile().memory_analysis()
+    )
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 4 * block_bytes
 
 
 # --- damage ------------------------------------------------------------------------------------------

@@ -310,6 +310,58 @@ def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     assert list((pod.root / "checkpoints").glob("*/manifest.json"))
 
 
+# Parameters that no process holds whole, hashed in small blocks and by the process alone.
+HASH = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from pretrain import distributed
+from pretrain.checkpoint import params_sha256
+from pretrain.sharding import MeshConfig, make_mesh
+
+port, process = map(int, sys.argv[1:])
+config = distributed.DistributedConfig(
+    cluster="explicit", coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=process
+)
+with distributed.joined(config):
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    leaves = {
+        "a": (np.arange(3 * 8 * 16, dtype=np.float32).reshape(3, 8, 16) - 99.5, P(None, "fsdp", "tensor")),
+        "b": (np.linspace(-1, 1, 64, dtype=np.float32).astype(jax.numpy.bfloat16).reshape(8, 8), P(("fsdp", "tensor"))),
+        "c": (np.full((8, 2), -0.0, np.float32), P("tensor", "fsdp")),
+    }
+    whole = {name: leaf for name, (leaf, _) in leaves.items()}
+    laid = {
+        name: jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), lambda index, leaf=leaf: leaf[index])
+        for name, (leaf, spec) in leaves.items()
+    }
+    assert not laid["a"].is_fully_addressable
+    wanted = params_sha256(whole)
+    assert [params_sha256(laid, block_bytes=n) for n in (8, 100, 1 << 20)] == [wanted] * 3
+"""
+
+
+def two_processes(tmp_path: Path, program: str, *arguments: object, devices_each: int = 1):
+    """Exit codes and logs of two processes of a small program, which gets a port, its place and the arguments."""
+    port, started = free_port(), []
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}"}
+    for i in range(2):
+        with open(tmp_path / f"log{i}.txt", "w") as log:
+            command = [sys.executable, "-c", program, str(port), str(i), *map(str, arguments)]
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+    with ended(started):
+        codes = [process.wait(timeout=120) for process in started]
+    return codes, [(tmp_path / f"log{i}.txt").read_text() for i in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_hash_the_parameters_as_one(tmp_path):
+    codes, logs = two_processes(tmp_path, HASH, devices_each=2)
+    assert codes == [0, 0], "\n".join(logs)
+
+
 # The first process stays over its summary for longer than a lost process is waited for.
 LATE = """
 import sys, time
@@ -328,30 +380,15 @@ with distributed.joined(config):
 """
 
 
-def end_late(tmp_path: Path, end_timeout_s: int) -> tuple[list[int], list[str]]:
-    """Exit codes and logs of two processes, the first 15 s later than the second."""
-    port, started = free_port(), []
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    for i in range(2):
-        with open(tmp_path / f"log{i}.txt", "w") as log:
-            command = [sys.executable, "-c", LATE, str(port), str(i), str(end_timeout_s)]
-            started.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
-    with ended(started):
-        codes = [process.wait(timeout=120) for process in started]
-    return codes, [(tmp_path / f"log{i}.txt").read_text() for i in range(2)]
-
-
 @pytest.mark.slow
 def test_all_wait_for_a_process_that_is_late_at_the_end(tmp_path):
-    codes, logs = end_late(tmp_path, end_timeout_s=100)
+    codes, logs = two_processes(tmp_path, LATE, 100)
     assert codes == [0, 0], "\n".join(logs)
     assert "process 1 of 2 is done and waits for the others" in logs[1]
 
 
 @pytest.mark.slow
 def test_a_process_that_is_too_late_at_the_end_is_lost(tmp_path):
-    codes, logs = end_late(tmp_path, end_timeout_s=3)
+    codes, logs = two_processes(tmp_path, LATE, 3)
     assert codes[1] == 7, logs[1]
     assert "process 1 of 2 lost another one" in logs[1]
