@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
@@ -227,7 +228,7 @@ def compile_step(config: TrainConfig, aot: AotConfig) -> dict[str, Any]:
         executed_flops=executed / mesh.size,
         memory_bytes=traffic,
         sent_bytes=_sent_bytes(collectives),
-        slow_axes=frozenset({"replica"} if _crosses_slices(mesh) else ()),
+        slow_axes=slow_axes(mesh),
     )
     return report | {"step_time": _step_time(step_time, chip, traffic, report["flops"])}
 
@@ -395,8 +396,12 @@ def _used_weight_bytes(model: ModelConfig, vocab_size: int, mesh: Mesh) -> float
     return itemsize * (total - experts + experts / mesh.shape["expert"]) / mesh.shape["tensor"]
 
 
-def _crosses_slices(mesh: Mesh) -> bool:
-    return len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}) > 1
+def slow_axes(mesh: Mesh) -> frozenset[str]:
+    """The axes along which one comes from one slice (of GPUs: one host) to another."""
+    slices = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0)(mesh.devices)
+    return frozenset(
+        axis for dim, axis in enumerate(mesh.axis_names) if np.any(slices != slices.take([0], axis=dim))
+    )
 
 
 def _step_time(

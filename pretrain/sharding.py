@@ -21,11 +21,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pretrain.config import ConfigError
 
-# replica is the only axis that may cross slices or slow links.
+# replica is the only axis that crosses between TPU slices, and the one for slow links; see `device_grid` for GPU hosts.
 AXES = ("replica", "fsdp", "context", "tensor", "expert")
 DATA_AXES = ("replica", "fsdp", "expert")
 
 Dims = tuple[str | None, ...]
+
+_GPU_PLATFORMS = ("gpu", "cuda", "rocm")
 
 # How a weight rests. A dim that is not listed is not split.
 PARAM_RULES: Mapping[str, tuple[str, ...]] = {
@@ -99,26 +101,56 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (all devices of the run by default), axes of explicit type.
 
-    Devices of several slices are ordered so that only `replica` crosses between slices.
-
     Raises:
-      ConfigError: the axes do not multiply to the device count, or replica is not a multiple of the slices.
+      ConfigError: the axes do not multiply to the device count, or replica does not suit the slices or hosts.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = config.resolve(len(devices))
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if num_slices > 1:
-        if sizes[0] % num_slices:
-            raise ConfigError(
-                f"mesh.replica must be a multiple of the number of slices, {num_slices}, got {sizes[0]}; "
-                f"set mesh.replica={num_slices}"
-            )
-        within = (sizes[0] // num_slices, *sizes[1:])
-        across = (num_slices, 1, 1, 1, 1)
-        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    else:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    grid = device_grid(config.resolve(len(devices)), devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def device_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of `sizes`, which device talks to which.
+
+    Between TPU slices goes only `replica`. GPU hosts, which jax calls slices as well, are joined by a network that is
+    slower than their own links but carries any axis: there `replica` is split by hosts when it is asked for, `fsdp` and
+    the rest run on over hosts, and `tensor`, which talks most, is laid out last, inside a host where it fits.
+
+    Raises:
+      ConfigError: replica is not a multiple of the TPU slices, or would cut a GPU host.
+    """
+    if devices[0].platform in _GPU_PLATFORMS:
+        return _gpu_grid(sizes, devices)
+    num_slices = len({_slice_of(device) for device in devices})
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % num_slices:
+        raise ConfigError(
+            f"mesh.replica must be a multiple of the number of slices, {num_slices}, got {sizes[0]}; "
+            f"set mesh.replica={num_slices}"
+        )
+    within = (sizes[0] // num_slices, *sizes[1:])
+    across = (num_slices, 1, 1, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def _slice_of(device: Any) -> int:
+    """Devices with the same number are joined by fast links: a TPU slice, the GPUs of a host or of an NVLink domain."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def _gpu_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    replica, fsdp, context, tensor, expert = sizes
+    num_hosts = len({_slice_of(device) for device in devices})
+    if replica % num_hosts and num_hosts % replica:
+        raise ConfigError(
+            f"mesh.replica must divide the number of GPU hosts or be a multiple of it, so that none is cut; got {replica} "
+            f"on {num_hosts} hosts; mesh.replica=1 lets fsdp run over all of them"
+        )
+    in_order = sorted(devices, key=lambda device: (_slice_of(device), device.process_index, device.id))
+    flat = np.empty(len(in_order), object)
+    flat[:] = in_order
+    return flat.reshape(replica, fsdp, context, expert, tensor).swapaxes(3, 4)
 
 
 def axis_size(mesh: Any, axes: Sequence[str]) -> int:
