@@ -5,16 +5,18 @@
 
 A task that has its file is not computed again, so a killed evaluation goes on where it was. Another config is another
 folder, and so are other parameters: a checkpoint folder that has grown is evaluated anew. A file states what was asked
-in it, and is computed anew when that has changed: the path of a data folder says nothing about what lies there.
+in it, and is computed anew when that has changed: the path of a data folder says nothing about what lies there. With
+`corpus`, the items that stand in a training corpus are counted first, and named in results.json.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +24,9 @@ from pretrain import config as config_lib
 from pretrain.allocator import keep_heap
 from pretrain.checkpoint import AllCheckpointsBad, NoCheckpoint, params_sha256
 from pretrain.config import ConfigError, apply_overrides, load_config, local, parse_argv
+from pretrain.data.source import BadRecord, JsonlConfig, TextDocument
 from pretrain.evals.choice import score_choices
+from pretrain.evals.contamination import Contamination, find_contamination
 from pretrain.evals.interval import Estimate, mean_interval, paired_difference, ratio_interval
 from pretrain.evals.last_word import score_last_words
 from pretrain.evals.likelihood import passage_scores
@@ -54,7 +58,8 @@ class EvaluateConfig:
     model, base: a checkpoint folder, a model folder, or another Pretrained; with `base` every score is compared with
     its own, item by item. bos: whether texts begin with the token that begins a text; none is as the tokenizer of
     `model` asks, and for checkpoints of ours yes, since that is how they were trained. The base reads the same texts.
-    only: names of the tasks to run.
+    only: names of the tasks to run. corpus: JSONL files of texts, by their path or a glob, absolute or below
+    data_root, in which the items are looked for; see evals/contamination.py.
     """
 
     model: str | Pretrained
@@ -62,6 +67,7 @@ class EvaluateConfig:
     base: str | Pretrained | None = None
     only: tuple[str, ...] = local(())
     data_root: str = local("")
+    corpus: str = local("")
     max_items: int | None = None
     num_shots: int = 0
     seed: int = 0
@@ -122,6 +128,7 @@ def evaluate(config: EvaluateConfig, *, name: str) -> dict[str, Any]:
         raise ConfigError(
             *[f"task {name} must have items, got none below {config.data_root!r}" for name in empty]
         )
+    contamination = _contamination(config, items) if config.corpus else {}
     run = RunDir(Path(config.workdir) / name / config_lib.fingerprint(config)[:8])
     run.create()
     with run.lock():
@@ -136,11 +143,39 @@ def evaluate(config: EvaluateConfig, *, name: str) -> dict[str, Any]:
             if base is not None:
                 entry["base"] = _summary(base[task.name], config.seed)
                 entry["change"] = _changes(base[task.name], records[task.name], config.seed)
+            if task.name in contamination:
+                entry["contamination"] = dataclasses.asdict(contamination[task.name])
             results["tasks"][task.name] = entry
         results["config"] = config_lib.to_json(config)
         write_json_atomic(run.root / "results.json", results)
     print(table_text(results))
     return results
+
+
+def _contamination(config: EvaluateConfig, items: Mapping[str, Sequence[Item]]) -> dict[str, Contamination]:
+    """The items that stand in the corpus; says how many, before any score is made."""
+    source = JsonlConfig(name="corpus", path=config.corpus, on_bad_record="count").build(config.data_root)
+    counts = collections.Counter[str]()
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for document in source.documents():
+            counts[type(document).__name__] += 1
+            if isinstance(document, TextDocument):
+                yield document.id, document.text
+
+    report = find_contamination(items, texts())
+    read, bad = counts[TextDocument.__name__], counts[BadRecord.__name__]
+    if not read:
+        raise ConfigError(
+            f"corpus must hold texts under the key 'text', got none in {config.corpus} ({bad} other records)"
+        )
+    print(f"corpus {config.corpus}: {read:,} texts" + (f", {bad:,} records without one" if bad else ""))
+    for name, of_task in report.items():
+        print(
+            f"{name:18} {len(of_task.found):,} of {of_task.items - of_task.too_short:,} items stand in the corpus"
+            + (f"; {of_task.too_short:,} are too short to tell" if of_task.too_short else "")
+        )
+    return report
 
 
 def _all_records(

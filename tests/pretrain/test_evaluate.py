@@ -204,6 +204,30 @@ def test_one_item_has_no_interval(config, capsys):
     assert "[no interval]  n=1" in capsys.readouterr().out
 
 
+def test_items_that_stand_in_a_corpus_are_counted_before_any_score(config, tmp_path, capsys):
+    (tmp_path / "seen.jsonl").write_text(
+        json.dumps({"text": "one two three four five six seven eight nine"})
+        + "\n"
+        + json.dumps({"text": "short"})
+        + "\n"
+    )
+    (tmp_path / "corpus.jsonl").write_text(
+        '{"text": "nothing"}\n{"id": "it", "text": "zero, One two three four five six seven EIGHT nine!"}\n{"words": 1}\n'
+    )
+    task = Passages(name="seen", file="seen.jsonl")
+    changed = {"tasks": (task,), "data_root": str(tmp_path), "corpus": "corpus.jsonl"}
+    found = results_of(EvaluateConfig(**{**vars(config), **changed}))["seen"]["contamination"]
+    assert found == {"items": 2, "too_short": 1, "found": {"0": "it"}}
+    out = capsys.readouterr().out
+    assert "corpus corpus.jsonl: 2 texts, 1 records without one" in out
+    assert out.index("1 of 1 items stand in the corpus; 1 are too short to tell") < out.index("bits_per_byte")
+    for corpus, said in (("none.jsonl", "which is not there"), ("seen.txt", "got none in seen.txt")):
+        (tmp_path / "seen.txt").write_text('{"words": 1}\n')
+        with pytest.raises(ConfigError, match=said):
+            evaluate(EvaluateConfig(**{**vars(config), **changed, "corpus": corpus}), name="refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_faults_of_a_config_come_together():
     with pytest.raises(ConfigError) as caught:
         EvaluateConfig(model="m", tasks=(TASKS[0], TASKS[0]), only=("x",), row_length=1, max_items=0)
