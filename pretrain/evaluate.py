@@ -35,6 +35,7 @@ from pretrain.evals.scored_model import ScoredModel, load_scored_model
 from pretrain.evals.tasks import (
     Choice,
     Item,
+    Judge,
     LastWord,
     Passage,
     Question,
@@ -140,9 +141,15 @@ def evaluate(config: EvaluateConfig, *, name: str) -> dict[str, Any]:
         results: dict[str, Any] = {"bos": bos, "tasks": {}}
         for task in tasks:
             entry = {"version": task.version, "metrics": _summary(records[task.name], config.seed)}
+            own = _judged(config, task, records[task.name])
+            entry["metrics"] |= own
             if base is not None:
-                entry["base"] = _summary(base[task.name], config.seed)
-                entry["change"] = _changes(base[task.name], records[task.name], config.seed)
+                own_base = _judged(config, task, base[task.name])
+                entry["base"] = _summary(base[task.name], config.seed) | own_base
+                entry["change"] = _changes(base[task.name], records[task.name], config.seed) | {
+                    name: _whole(own[name]["value"] - own_base[name]["value"], own[name]["items"])
+                    for name in own
+                }
             if task.name in contamination:
                 entry["contamination"] = dataclasses.asdict(contamination[task.name])
             results["tasks"][task.name] = entry
@@ -319,13 +326,25 @@ def _changes(before: Records, after: Records, seed: int) -> dict[str, Any]:
     }
 
 
+def _judged(config: EvaluateConfig, task: Task, records: Records) -> dict[str, Any]:
+    """The metrics of a task that judges all answers together, which leaves nothing to resample."""
+    if not isinstance(task, Judge) or "answer" not in records[0]:
+        return {}
+    values = task.judge(config.data_root, {record["id"]: record["answer"] for record in records})
+    return {name: _whole(value, len(records)) for name, value in values.items()}
+
+
+def _whole(value: float, items: int) -> dict[str, Any]:
+    return {"value": value, "low": None, "high": None, "items": items}
+
+
 def _json(estimate: Estimate) -> dict[str, Any]:
     low, high = estimate.interval or (None, None)
     return {"value": estimate.value, "low": low, "high": high, "items": estimate.items}
 
 
 def table_text(results: Mapping[str, Any]) -> str:
-    """A line a metric: value with its 95% interval, which one item does not have, and with a base its value and the change."""
+    """A line a metric: value with its 95% interval where there is one, and with a base its value and the change."""
     lines = []
     for task, entry in results["tasks"].items():
         for metric, e in entry["metrics"].items():

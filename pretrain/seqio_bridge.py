@@ -1,21 +1,23 @@
-"""seqio for those who have it: a Task or Mixture as a text source, a SentencePiece vocabulary as a tokenizer.
+"""seqio for those who have it: a Task or Mixture as a text source or an evaluation task, a SentencePiece vocabulary as a tokenizer.
 
-Extra `[seqio]`, which brings TensorFlow; only a config file imports this module. Tasks are read at preparation
-time, like every source, so training never sees TensorFlow.
+Extra `[seqio]`, which brings TensorFlow; only a config file imports this module. Sources are read at preparation
+time and tasks at evaluation, so training never sees TensorFlow.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import seqio
 from google.protobuf.message import DecodeError
 
 from pretrain.config import ConfigError
 from pretrain.data.source import BadRecord, SourceConfig, TextDocument, TextSource, bad_record, decode_text
+from pretrain.evals.tasks import Choice, Item, LastWord, Passage, Question
 from pretrain.rundir import write_atomic
 from pretrain.tokenizer import Tokenizer, check_lossless, read_tokenizer_file
 
@@ -116,14 +118,7 @@ class SeqioConfig(SourceConfig):
     revision: str = ""
 
     def build(self, root: str) -> TextSource:
-        try:
-            return SeqioSource(self, seqio.get_mixture_or_task(self.task))
-        except ValueError as error:
-            names = sorted([*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])
-            raise ConfigError(
-                f"data.sources.{self.name}.task must be a registered seqio task or mixture, got {self.task!r}; "
-                f"registered: {', '.join(names[:10]) or 'none'}; import the module that registers it in the config file"
-            ) from error
+        return SeqioSource(self, _registered(self.task, f"data.sources.{self.name}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,28 +139,135 @@ class SeqioSource:
         return digest.hexdigest()
 
     def documents(self) -> Iterator[TextDocument | BadRecord]:
-        if self.config.split not in self.task.splits:
-            raise ConfigError(
-                f"data.sources.{self.config.name}.split must be one of {', '.join(map(str, self.task.splits))}, "
-                f"got {self.config.split!r}"
-            )
-        dataset = self.task.get_dataset(
-            sequence_length=None, split=self.config.split, shuffle=False, seed=self.config.seed, num_epochs=1
+        examples = _examples(
+            self.task, self.config.split, self.config.seed, f"data.sources.{self.config.name}"
         )
-        for number, example in enumerate(dataset.as_numpy_iterator()):
+        for number, example in enumerate(examples):
             where = f"{self.config.task}/{self.config.split}:{number}"
             try:
-                text = self._text(example, self.config.text_feature)
-                first = self._text(example, self.config.first_feature) if self.config.first_feature else None
+                text = _text(self.task, example, self.config.text_feature)
+                first = (
+                    _text(self.task, example, self.config.first_feature)
+                    if self.config.first_feature
+                    else None
+                )
             except ValueError as error:
                 yield bad_record(self.config, where, None, error)
                 continue
             yield TextDocument(where, text, self.config.name, first)
 
-    def _text(self, example: dict[str, Any], feature: str) -> str:
-        value = example.get(f"{feature}_pretokenized", example.get(feature))
-        if value is None:
-            raise ValueError(f"the example has no feature {feature!r}; it has: {', '.join(sorted(example))}")
-        if isinstance(value, bytes):
-            return decode_text(value)
-        return self.task.output_features[feature].vocabulary.decode([int(i) for i in value])
+
+def _registered(name: str, field: str) -> Any:
+    """The Task or Mixture of this name; ConfigError lists those that there are."""
+    try:
+        return seqio.get_mixture_or_task(name)
+    except ValueError as error:
+        names = sorted([*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])
+        raise ConfigError(
+            f"{field}.task must be a registered seqio task or mixture, got {name!r}; "
+            f"registered: {', '.join(names[:10]) or 'none'}; import the module that registers it in the config file"
+        ) from error
+
+
+def _examples(task: Any, split: str, seed: int, field: str) -> Iterator[dict[str, Any]]:
+    """The examples of a split in their order, preprocessed and not trimmed."""
+    if split not in task.splits:
+        raise ConfigError(f"{field}.split must be one of {', '.join(map(str, task.splits))}, got {split!r}")
+    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False, seed=seed, num_epochs=1)
+    return dataset.as_numpy_iterator()
+
+
+def _text(task: Any, example: dict[str, Any], feature: str) -> str:
+    """A feature before it was made into ids, or ids as text; ValueError when the example has neither."""
+    value = example.get(f"{feature}_pretokenized", example.get(feature))
+    if value is None:
+        raise ValueError(f"the example has no feature {feature!r}; it has: {', '.join(sorted(example))}")
+    if isinstance(value, bytes):
+        return decode_text(value)
+    return task.output_features[feature].vocabulary.decode([int(i) for i in value])
+
+
+# --- evaluation --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeqioTask:
+    """A registered Task (or Mixture) as a task of `pretrain.evaluate`; the config file imports the module that registers it.
+
+    kind: what is made of an example.
+      question: `inputs_feature` is the prompt as it is, `targets_feature` the answer. Beside exact match there are the
+        Task's own metrics of predictions, called seqio_<name>, after its own postprocessing.
+      choice: each text of `options_feature` is scored after the inputs; the target is the text of one of them.
+      last_word: the target is scored after the inputs. passage: the target is scored alone.
+    Metrics of seqio that want scores are not asked: `choice` and `passage` are what this project has for them.
+    """
+
+    name: str
+    task: str
+    kind: Literal["question", "choice", "last_word", "passage"] = "question"
+    split: str = "validation"
+    examples_split: str | None = None  # for few-shot prompts
+    inputs_feature: str = "inputs"
+    targets_feature: str = "targets"
+    options_feature: str = "options"
+    stop: tuple[str, ...] = ("\n",)
+    version: int = 1
+
+    def items(self, root: str) -> Sequence[Item]:
+        return self._items(self.split)
+
+    def examples(self, root: str) -> Sequence[Item]:
+        return [] if self.examples_split is None else self._items(self.examples_split)
+
+    def judge(self, root: str, answers: Mapping[str, str]) -> Mapping[str, float]:
+        """The Task's metrics of predictions over the answered items; none for a Mixture, which has none."""
+        task = _registered(self.task, f"tasks.{self.name}")
+        if not isinstance(task, seqio.Task):
+            return {}
+        targets, predictions = [], []
+        for number, example in enumerate(_examples(task, self.split, 0, f"tasks.{self.name}")):
+            answer = answers.get(str(number))
+            if answer is not None:
+                target = _text(task, example, self.targets_feature)
+                targets.append(task.postprocess_fn(target, example=example, is_target=True))
+                predictions.append(task.postprocess_fn(answer, example=example, is_target=False))
+        found = {}
+        for metric in task.predict_metric_fns:
+            for name, value in metric(targets, predictions).items():
+                number = value.value if isinstance(value, seqio.metrics.Scalar) else value
+                if isinstance(number, (int, float, np.number)):  # texts and histograms are for a dashboard
+                    found[f"seqio_{name}"] = float(number)
+        return found
+
+    def _items(self, split: str) -> list[Item]:
+        field = f"tasks.{self.name}"
+        task, found = _registered(self.task, field), []
+        for number, example in enumerate(_examples(task, split, 0, field)):
+            try:
+                found.append(self._item(task, str(number), example))
+            except ValueError as error:
+                raise ConfigError(f"{self.task}/{split}:{number}: {error}") from error
+        return found
+
+    def _item(self, task: Any, number: str, example: dict[str, Any]) -> Item:
+        target = _text(task, example, self.targets_feature)
+        if self.kind == "passage":
+            return Passage(id=number, text=target)
+        prompt = _text(task, example, self.inputs_feature)
+        if self.kind == "question":
+            return Question(id=number, prompt=prompt, answers=(target,), stop=self.stop)
+        if self.kind == "last_word":
+            return LastWord(id=number, context=prompt, word=f" {target}")
+        if self.options_feature not in example:
+            raise ValueError(
+                f"the example has no feature {self.options_feature!r}; it has: {', '.join(sorted(example))}"
+            )
+        options = [decode_text(option) for option in example[self.options_feature]]
+        if target not in options:
+            raise ValueError(f"the target must be one of the options, got {target!r} of {options}")
+        return Choice(
+            id=number,
+            contexts=(prompt,) * len(options),
+            continuations=tuple(f" {option}" for option in options),
+            gold=options.index(target),
+        )

@@ -36,7 +36,7 @@ def find_contamination(
 ) -> dict[str, Contamination]:
     """What of the items of each task stands in the corpus of (id, text) `documents`.
 
-    Reads the corpus once, about a million words a second; memory grows with the words of the items alone.
+    Reads the corpus once, about half a million words a second; memory grows with the words of the items alone.
     """
     # The first words of a run -> (all its words, task, item): one look-up a word of the corpus, whatever the lengths.
     runs: dict[str, list[tuple[list[str], str, str]]] = collections.defaultdict(list)

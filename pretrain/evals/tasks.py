@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pretrain.config import ConfigError, stable_seed
 
@@ -87,6 +87,16 @@ class Task(Protocol):
     def items(self, root: str) -> Sequence[Item]: ...
 
     def examples(self, root: str) -> Sequence[Item]:  # for few-shot prompts, never scored
+        ...
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A task of questions that has metrics of its own, of all answers together."""
+
+    def judge(
+        self, root: str, answers: Mapping[str, str]
+    ) -> Mapping[str, float]:  # answers by id of the item
         ...
 
 

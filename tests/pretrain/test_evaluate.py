@@ -1,5 +1,6 @@
 """The verb scores a folder from config to table, goes on where it was killed, and refuses bad input in one line."""
 
+import dataclasses
 import json
 import shutil
 
@@ -232,6 +233,27 @@ def test_faults_of_a_config_come_together():
     with pytest.raises(ConfigError) as caught:
         EvaluateConfig(model="m", tasks=(TASKS[0], TASKS[0]), only=("x",), row_length=1, max_items=0)
     assert len(caught.value.faults) == 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged(OpenQuestions):
+    """Questions whose answers are judged together."""
+
+    def judge(self, root, answers):
+        return {"letters": float(sum(map(len, answers.values()))), "asked": float(len(answers))}
+
+
+@pytest.mark.slow
+def test_a_task_may_judge_all_answers_together(config, root):
+    (root / "questions.jsonl").write_text('{"q": "what", "a": ["x"]}\n{"q": "who?", "a": ["y"]}\n')
+    task = Judged(name="open", file="questions.jsonl", question_key="q", answers_key="a")
+    changed = {**vars(config), "tasks": (task,), "max_new_tokens": 4, "base": str(root / "base")}
+    found = results_of(EvaluateConfig(**changed))["open"]
+    assert list(found["metrics"]) == list(found["change"]) == ["exact_match", "letters", "asked"]
+    assert found["metrics"]["asked"] == {"value": 2.0, "low": None, "high": None, "items": 2}
+    assert found["change"]["letters"]["value"] == (
+        found["metrics"]["letters"]["value"] - found["base"]["letters"]["value"]
+    )
 
 
 @pytest.mark.slow
