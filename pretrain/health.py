@@ -8,6 +8,7 @@ bit of parameters, optimizer state or window.
 import contextlib
 import dataclasses
 import faulthandler
+import functools
 import hashlib
 import math
 import os
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt32
 
 from pretrain.sharding import in_turn
@@ -297,6 +299,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._answer: Bool[Array, ""] | None = None
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -320,10 +323,31 @@ class StopSignal:
         return self.received is not None
 
     def requested_anywhere(self) -> bool:
-        """Any process was asked to stop; all processes call it at the same step and get the same answer."""
+        """Any process was asked to stop; all processes call it before each step and get the same answer.
+
+        With several processes it is the answer to the question of the call before, which travelled to the devices ahead
+        of the step that has since been waited for: asking costs no wait of its own, and all stop a step later.
+        """
         if jax.process_count() == 1:
             return self.requested
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.requested))))
+        answer, self._answer = self._answer, any_process(self.requested)
+        return answer is not None and bool(np.asarray(answer))
+
+
+def any_process(flag: bool) -> Bool[Array, ""]:
+    """Whether `flag` is set in any process; dispatched like a step, so that only reading it waits for the others."""
+    devices = np.array(jax.devices()).reshape(jax.process_count(), jax.local_device_count())
+    mesh = Mesh(devices, ("process", "local"))
+    flags = multihost_utils.host_local_array_to_global_array(
+        np.asarray([flag]), mesh, PartitionSpec("process")
+    )
+    return in_turn(_any_on(mesh)(flags))
+
+
+@functools.cache
+def _any_on(mesh: Mesh) -> Any:
+    """Traced once a run and not at every step."""
+    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 # --- the watchdog ------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ class _Loop:
             if step and evaluation is None and self._is_due(step, last_step):
                 # The process that saved this step was killed before it had evaluated it.
                 evaluation = self._evaluate(step, state, progress)
-            while step < last_step and not signal.requested_anywhere():
+            while step < last_step and not self._asked_to_stop(signal):
                 with self.clock.phase("data_wait"):
                     batch = self.batches.next(step, state.params)
                 rows = len(batch.tokens_BT1)
@@ -299,7 +299,8 @@ class _Loop:
                 step += 1
                 watchdog.beat(step)
                 due = self._is_due(step, last_step)
-                save = step == last_step or self.checkpointer.due(step)
+                with self.clock.phase("step"):  # several processes wait for each other, and so for the step
+                    save = step == last_step or self.checkpointer.due(step)
                 if due or save:
                     with self.clock.phase("step"):  # it waits for the step to end
                         self._record(step, *pending, progress)
@@ -319,7 +320,8 @@ class _Loop:
                 self._save(step, state)
                 self.checkpointer.wait()
             if step < last_step:
-                progress.say(f"{signal.received}: saved at step {step}; the same command goes on from here")
+                received = signal.received or "another process was told to stop"
+                progress.say(f"{received}: saved at step {step}; the same command goes on from here")
                 return TrainResult(folder=self.run.root, steps=step, exit_code=EXIT_PREEMPTED, summary={})
             assert evaluation is not None, "the last step is always evaluated"
             with watchdog.patience(3600):
@@ -327,6 +329,11 @@ class _Loop:
         if is_writer():
             print("\n".join(summary["closing"]))
         return TrainResult(folder=self.run.root, steps=step, exit_code=0, summary=summary)
+
+    def _asked_to_stop(self, signal: StopSignal) -> bool:
+        """Any process is to stop; what one waits for the others here belongs to the steps, whose rate it lowers."""
+        with self.clock.phase("step"):
+            return signal.requested_anywhere()
 
     def _record(
         self,

@@ -310,6 +310,38 @@ def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     assert list((pod.root / "checkpoints").glob("*/manifest.json"))
 
 
+# The second process dawdles between steps, where no phase of the clock is open.
+DAWDLE = """
+import sys, time
+import jax
+from pretrain.config import apply_overrides, load_config
+from pretrain.data.loader import RowBatches
+from pretrain.distributed import joined
+from pretrain.train import train
+
+path, *overrides = sys.argv[1:]
+config = apply_overrides(load_config(path), overrides)
+with joined(config.distributed):
+    if jax.process_index() == 1:
+        at_once = RowBatches.report
+        def report(self):
+            time.sleep(0.4)
+            return at_once(self)
+        RowBatches.report = report
+    train(config, name="pod")
+"""
+
+
+@pytest.mark.slow
+def test_the_rate_is_that_of_the_slowest_process(tmp_path):
+    pod = Pod(tmp_path, num_steps=8)
+    with ended(pod.start(2, 2, program=["-c", DAWDLE, str(pod.config)])) as processes:
+        assert [p.wait(timeout=200) for p in processes] == [0, 0], pod.log(0) + pod.log(1)
+    summary = json.loads((pod.root / "summary.json").read_text())
+    assert summary["tokens_per_second"] <= 8 * 64 / 0.4
+    assert summary["seconds_by_phase"]["step"] >= 7 * 0.4
+
+
 # Parameters that no process holds whole, hashed in small blocks and by the process alone.
 HASH = """
 import sys
