@@ -1,7 +1,7 @@
-"""`python -m pretrain.scaling --config FILE scaling.action=plan|run|fit|report`: a ladder, its law, its page.
+"""`python -m pretrain.scaling --config FILE scaling.action=plan|check|run|fit|report`: a ladder, its law, its page.
 
 The action may also stand first: `python -m pretrain.scaling plan --config FILE`. Without one the whole ladder is run,
-fitted and reported.
+fitted and reported; `check` is the coordinate check, whether one learning rate serves all of its widths.
 """
 
 import sys
@@ -10,15 +10,16 @@ from pathlib import Path
 
 from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
 from pretrain.jobs.api import JobsFailed
+from pretrain.scaling.coordinates import check_ladder
 from pretrain.scaling.plan import ScalingConfig, plan_cells
 from pretrain.scaling.report import analyze, fit_text, plan_text, write_report
 from pretrain.scaling.run import Tables, finished_cells, run_cells
 
-ACTIONS = ("plan", "run", "fit", "report")
+ACTIONS = ("plan", "check", "run", "fit", "report")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do one action of a ladder; the return value is the process' exit code (2: bad input, 1: cells failed)."""
+    """Do one action of a ladder; the return value is the process' exit code (2: bad input, 1: cells failed or rates do not transfer)."""
     try:
         config, name, command = _parse(argv)
         action, tables = config.scaling.action, Tables(config)
@@ -26,6 +27,10 @@ def main(argv: Sequence[str]) -> int:
         if action == "plan":
             print(plan_text(planned, tables))
             return 0
+        if action == "check":
+            text, is_flat = check_ladder(config, name, tables.vocab_size)
+            print(text)
+            return 0 if is_flat else 1
         if action in ("run", "report"):
             for cell in planned:
                 tables.of(cell.train)

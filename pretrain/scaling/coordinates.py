@@ -9,6 +9,7 @@ B batch rows, T query time, D model width, V vocabulary.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from pretrain.config import ConfigError
 from pretrain.data.batch import Batch
 from pretrain.kernels.attention.api import attention
 from pretrain.kernels.attention.plan import make_plan
@@ -24,9 +26,14 @@ from pretrain.loss import LossConfig
 from pretrain.model.layers import look_up
 from pretrain.model.transformer import Block, ModelConfig, Params, forward, init_params, logits
 from pretrain.optim import OptimConfig, make_optimizer
-from pretrain.plots import COLORS, Curve, Panel
-from pretrain.scaling.plan import Shape
+from pretrain.plots import COLORS, Curve, Panel, draw
+from pretrain.rundir import write_atomic, write_json_atomic
+from pretrain.scaling.origin import origin
+from pretrain.scaling.plan import ScalingConfig, Shape
 from pretrain.step import language_model_loss
+
+# Over a factor of ten in width a change of this slope is a factor of 1.4; without width transfer logits pass 0.3.
+MAX_SLOPE = 0.15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,11 @@ class CoordinateCheck:
     @property
     def slopes(self) -> dict[str, float]:
         return {name: self.slope(name) for name in self.changes}
+
+    @property
+    def moving(self) -> list[str]:
+        """The activations whose change depends on the width: their slope is beyond `MAX_SLOPE`."""
+        return [name for name, slope in self.slopes.items() if not abs(slope) <= MAX_SLOPE]
 
 
 def coordinate_check(
@@ -154,3 +166,49 @@ def coordinate_panel(title: str, check: CoordinateCheck) -> Panel:
         for i, (name, values) in enumerate(check.changes.items())
     ]
     return Panel(title=title, x_label="width", y_label="RMS change", curves=curves, x_log=True, y_log=True)
+
+
+def check_ladder(config: ScalingConfig, name: str, vocab_size: int) -> tuple[str, bool]:
+    """The check at the widths of a ladder with its optimizer, beside the control without width transfer.
+
+    Writes coordinates.json and coordinates.png into the ladder's folder. Returns what to print, and whether one rate
+    serves all widths.
+
+    Raises:
+      ConfigError: the ladder has fewer than two widths, or no width transfer to check.
+    """
+    model, optim = config.train.model, config.train.optim
+    widths = sorted({shape.width for shape in config.ladder.shapes})
+    if len(widths) < 2:
+        raise ConfigError(
+            f"a coordinate check needs two widths or more, ladder.shapes has {widths}; add a shape"
+        )
+    if model.base_width is None:
+        raise ConfigError(
+            "a coordinate check needs width transfer, train.model.base_width is none; name the width whose rate was chosen"
+        )
+    found = coordinate_check(model, optim, widths, vocab_size=vocab_size)
+    control = coordinate_check(
+        dataclasses.replace(model, base_width=None), optim, widths, vocab_size=vocab_size
+    )
+    lines = [f"{'slope over width':18} {'width transfer':>14} {'without':>9}"]
+    lines += [f"{key:18} {found.slope(key):+14.3f} {control.slope(key):+9.3f}" for key in found.changes]
+    folder = Path(config.train.run.workdir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(
+        folder / "coordinates.json",
+        {
+            "origin": origin(),
+            "max_slope": MAX_SLOPE,
+            "width_transfer": {**dataclasses.asdict(found), "slopes": found.slopes},
+            "without": {**dataclasses.asdict(control), "slopes": control.slopes},
+        },
+    )
+    panels = [coordinate_panel("With width transfer", found), coordinate_panel("Without", control)]
+    write_atomic(folder / "coordinates.png", draw(panels, title=f"Coordinate check of {name}"))
+    verdict = (
+        f"NOT flat within {MAX_SLOPE}: {', '.join(found.moving)}; narrow widths do that, leave them out or lower the rate"
+        if found.moving
+        else f"flat within {MAX_SLOPE}: one rate serves widths {widths[0]} to {widths[-1]}"
+    )
+    return "\n".join([*lines, verdict, f"the picture: {folder / 'coordinates.png'}"]), not found.moving

@@ -135,9 +135,9 @@ class LadderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActionConfig:
-    """What the verb does: `report` is all of it: run what is missing, fit, write the page."""
+    """What the verb does: `report` is all of it: run what is missing, fit, write the page; `check` is of coordinates."""
 
-    action: Literal["plan", "run", "fit", "report"] = local("report")
+    action: Literal["plan", "check", "run", "fit", "report"] = local("report")
     retries: int = local(1)  # of a cell that was lost or crashed; it resumes from its checkpoint
 
     def __post_init__(self):

@@ -40,6 +40,23 @@ def test_an_unknown_action_is_bad_input(capsys):
     assert "scaling.action" in capsys.readouterr().err
 
 
+def test_a_coordinate_check_needs_width_transfer(tmp_path, capsys):
+    workdir = f"train.run.workdir={tmp_path}"
+    assert main(["check", "--config", SMOKE, workdir, "train.model.base_width=none"]) == 2
+    assert "train.model.base_width is none; name the width" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_coordinate_check_tells_width_transfer_from_none(tmp_path, capsys):
+    """The smoke ladder is too narrow to be flat: the verdict says so, and the exit code."""
+    assert main(["check", "--config", SMOKE, f"train.run.workdir={tmp_path}"]) == 1
+    assert "NOT flat within 0.15: logits" in capsys.readouterr().out
+    found = json.loads((tmp_path / "smoke/coordinates.json").read_text())
+    slopes = [found[key]["slopes"]["logits"] for key in ("width_transfer", "without")]
+    assert slopes[0] < 0 < slopes[1]
+    assert (tmp_path / "smoke/coordinates.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_a_killed_ladder_goes_on_and_does_nothing_twice(tmp_path):
     """A minute or two of one core: seven runs, each in a process of its own."""
