@@ -175,17 +175,13 @@ def check_ladder(config: ScalingConfig, name: str, vocab_size: int) -> tuple[str
     serves all widths.
 
     Raises:
-      ConfigError: the ladder has fewer than two widths, or no width transfer to check.
+      ConfigError: the ladder has fewer than two widths.
     """
     model, optim = config.train.model, config.train.optim
     widths = sorted({shape.width for shape in config.ladder.shapes})
     if len(widths) < 2:
         raise ConfigError(
             f"a coordinate check needs two widths or more, ladder.shapes has {widths}; add a shape"
-        )
-    if model.base_width is None:
-        raise ConfigError(
-            "a coordinate check needs width transfer, train.model.base_width is none; name the width whose rate was chosen"
         )
     found = coordinate_check(model, optim, widths, vocab_size=vocab_size)
     control = coordinate_check(

@@ -1,5 +1,6 @@
 """The verb: both spellings of an action, bad input, and a ladder that is killed and goes on."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config import ConfigError, load_config
 from pretrain.scaling.__main__ import main
+from pretrain.scaling.coordinates import check_ladder
 
 ROOT = Path(__file__).parents[3]
 SMOKE = str(ROOT / "configs/scaling/smoke.py")
@@ -40,10 +43,11 @@ def test_an_unknown_action_is_bad_input(capsys):
     assert "scaling.action" in capsys.readouterr().err
 
 
-def test_a_coordinate_check_needs_width_transfer(tmp_path, capsys):
-    workdir = f"train.run.workdir={tmp_path}"
-    assert main(["check", "--config", SMOKE, workdir, "train.model.base_width=none"]) == 2
-    assert "train.model.base_width is none; name the width" in capsys.readouterr().err
+def test_a_coordinate_check_needs_two_widths():
+    config = load_config(SMOKE)
+    one = dataclasses.replace(config.ladder, shapes=config.ladder.shapes[:1], shapes_per_budget=1)
+    with pytest.raises(ConfigError, match=r"two widths or more, ladder.shapes has \[8\]; add a shape"):
+        check_ladder(dataclasses.replace(config, ladder=one), "smoke", vocab_size=260)
 
 
 @pytest.mark.slow
