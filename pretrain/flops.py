@@ -74,6 +74,8 @@ def count_params(model: ModelConfig, vocab_size: int) -> ParamCount:
         vectors = m.num_layers * m.moe.num_experts
     matrices = m.num_layers * (attention + feed_forward)
     vectors += m.num_layers * m.width * (4 if m.post_norms else 2) + m.width
+    if m.short_conv is not None:
+        vectors += m.num_layers * m.width * 2 * m.short_conv
     if m.qkv_bias:
         vectors += m.num_layers * m.head_width * (m.num_heads + 2 * m.num_kv_heads)
     if m.qk_norm:

@@ -3,7 +3,7 @@
 Layers stand apart here, weights and cache alike, where training stacks them: a slice of a stack would be copied
 at every step, and decoding does nothing but stream weights from memory. On a CPU matrices lie with their outputs
 first, see `layers.linear_by_columns`. A layer with a window keeps a ring of the newest positions, long enough for
-the window and the longest extension.
+the window and the longest extension. A model with short convolutions also keeps what the last few tokens gave them.
 
 Letters as in layers.py; S entries of a layer's cache, K its key-value heads on the mesh.
 """
@@ -23,7 +23,7 @@ from pretrain.config import ConfigError
 from pretrain.kernels.attention.api import target
 from pretrain.kernels.attention.decode import decode_attention
 from pretrain.model.adapters import merged_params
-from pretrain.model.layers import ParamSpec, linear, linear_by_columns, look_up, product_by_columns
+from pretrain.model.layers import ParamSpec, linear, linear_by_columns, look_up, product_by_columns, shifted
 from pretrain.model.transformer import (
     LayerKind,
     ModelConfig,
@@ -40,11 +40,20 @@ from pretrain.sharding import Dims, activation_spec, axis_names, current_mesh, p
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values [B, K, S, H] of every layer, and how many positions each row has been given."""
+    """Keys and values [B, K, S, H] of every layer, and how many positions each row has been given.
+
+    `recent` has for every layer what its two short convolutions read of the last C - 1 tokens, [B, 2, C - 1, D] for
+    C taps; nothing for models without.
+    """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
+    recent: tuple[Array, ...]
     lengths_B: Array
+
+
+_KEYS: Dims = ("batch", "kv_heads", None, None)
+_RECENT: Dims = ("batch", None, None, None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,9 +97,13 @@ def empty_cache(model: ModelConfig, config: CacheConfig) -> Cache:
         shapes = [
             (config.rows, K, config.entries(model.kind(i)), model.head_width) for i in range(model.num_layers)
         ]
-        return tuple(_zeros(shape, config.dtype, ("batch", "kv_heads", None, None)) for shape in shapes)
+        return tuple(_zeros(shape, config.dtype, _KEYS) for shape in shapes)
 
-    return Cache(layers(), layers(), _zeros((config.rows,), jnp.int32, ("batch",)))
+    recent: tuple[Array, ...] = ()
+    if model.short_conv is not None:
+        shape = (config.rows, 2, model.short_conv - 1, model.width)
+        recent = tuple(_zeros(shape, model.dtype, _RECENT) for _ in range(model.num_layers))
+    return Cache(layers(), layers(), recent, _zeros((config.rows,), jnp.int32, ("batch",)))
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, dims: tuple[str | None, ...]) -> Array:
@@ -168,7 +181,7 @@ def extend(
         for kind in model.layer_pattern
     }
     definition = block_definition(model, linear_by_columns if _outputs_first() else linear)
-    keys, values = [], []
+    keys, values, recent = [], [], []
     for i, layer in enumerate(params["layers"]):
         kind = model.kind(i)
         serve = functools.partial(
@@ -181,8 +194,17 @@ def extend(
             values.append(new_v)
             return o
 
-        x_BTD = nnx.merge(definition, layer)(x_BTD, tables_of[kind.rope], attend)
-    return final_hidden(x_BTD, params, model), Cache(tuple(keys), tuple(values), lengths_B)
+        kept: list[Array] = []
+
+        def earlier(x: Array, count: int, i: int = i, kept: list[Array] = kept) -> tuple[Array, ...]:
+            before, new = _earlier(x, cache.recent[i], len(kept), starts_B, num_new_B, count)
+            kept.append(new)
+            return before
+
+        x_BTD = nnx.merge(definition, layer)(x_BTD, tables_of[kind.rope], attend, earlier)
+        if kept:
+            recent.append(place(jnp.stack(kept, axis=1), _RECENT))
+    return final_hidden(x_BTD, params, model), Cache(tuple(keys), tuple(values), tuple(recent), lengths_B)
 
 
 def next_logits(
@@ -226,6 +248,33 @@ def _attend(q, k, v, cache_k, cache_v, starts_B, lengths_B, serve):
     )(*arguments)
 
 
+def _earlier(
+    x_BTD: Float[Array, "B T D"],
+    recent_B2CD: Float[Array, "B 2 C D"],
+    which: int,
+    starts_B: Int[Array, " B"],
+    num_new_B: Int[Array, " B"],
+    count: int,
+) -> tuple[tuple[Array, ...], Float[Array, "B C D"]]:
+    """Values of 1 to C = `count` tokens before, and the last C of the row's own tokens, for the next extension."""
+
+    def local(x, recent, starts, num_new):
+        extended = jnp.concatenate([recent[:, which], x], axis=1)
+        # A row that begins anew finds what was there before it; positions say that it is not its own.
+        positions = starts[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        last = jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, count, axis=0))(extended, num_new)
+        return shifted(extended, positions, count), last
+
+    arguments = (x_BTD, recent_B2CD, starts_B, num_new_B)
+    if current_mesh() is None:
+        return local(*arguments)
+    specs = tuple(
+        activation_spec(dims, a.shape)
+        for dims, a in zip((("batch", "time", None), _RECENT, ("batch",), ("batch",)), arguments, strict=True)
+    )
+    return jax.shard_map(local, in_specs=specs, out_specs=((specs[0],) * count, specs[0]))(*arguments)
+
+
 def append(
     cache_BKSH: Float[Array, "B K S H"],
     new_BTKH: Float[Array, "B T K H"],
@@ -244,15 +293,19 @@ def append(
 
 def copy_row(target: Cache, slot: Int[Array, ""], source: Cache, row: Int[Array, ""]) -> Cache:
     """`target` with row `slot` replaced by row `row` of `source`, a cache of the same layers and lengths."""
-    dims = ("batch", "kv_heads", None, None)
 
-    def copy(targets: tuple[Array, ...], sources: tuple[Array, ...]) -> tuple[Array, ...]:
+    def copy(targets: tuple[Array, ...], sources: tuple[Array, ...], dims: Dims) -> tuple[Array, ...]:
         return tuple(
             set_row(t, slot, get_row(s, row, dims), dims) for t, s in zip(targets, sources, strict=True)
         )
 
     lengths_B = set_row(target.lengths_B, slot, get_row(source.lengths_B, row, ("batch",)), ("batch",))
-    return Cache(copy(target.k, source.k), copy(target.v, source.v), lengths_B)
+    return Cache(
+        copy(target.k, source.k, _KEYS),
+        copy(target.v, source.v, _KEYS),
+        copy(target.recent, source.recent, _RECENT),
+        lengths_B,
+    )
 
 
 def get_row(x_BX: Array, row: Int[Array, ""], dims: tuple[str | None, ...]) -> Array:

@@ -53,6 +53,7 @@ PARAM_SPECS = {
     "key_bias": ParamSpec(dims=("kv_heads", None), role="vector"),
     "value_bias": ParamSpec(dims=("kv_heads", None), role="vector"),
     "scale": ParamSpec(dims=(None,), role="vector"),
+    "taps": ParamSpec(dims=(None, None), role="vector"),
 }
 
 # Rotary tables up to this many angles are constants of the program (2 MB as cosine and sine, both halves).
@@ -223,6 +224,70 @@ class RMSNorm(nnx.Module):
         scale = self.scale[...] + 1.0 if self.plus_one else self.scale[...]
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (x32 * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class ShortConv(nnx.Module):
+    """x plus a causal convolution of each channel over its last few tokens (Canon layers, arXiv 2512.17351).
+
+    It brings neighbors together without attention, which small models otherwise need layers and many tokens to learn.
+    It begins as the identity.
+    """
+
+    def __init__(self, *, width: int, num_taps: int):
+        self.taps = nnx.Param(jnp.zeros((num_taps, width), jnp.float32))
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], earlier: Any) -> Float[Array, "B T D"]:
+        """`earlier(x, n)` are the values of 1 to n tokens before, as `earlier_tokens`."""
+        taps_CD = use_weight(self.taps[...], (None, None), x_BTD.dtype)
+        near = (x_BTD, *earlier(x_BTD, taps_CD.shape[0] - 1))
+        out_BTD = x_BTD
+        for tap_D, x in zip(taps_CD, near, strict=True):
+            out_BTD = out_BTD + tap_D[None, None] * x
+        return out_BTD
+
+
+def earlier_tokens(
+    x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], count: int
+) -> tuple[Float[Array, "B T D"], ...]:
+    """x of 1, 2, .. `count` tokens before in the same document (positions count from its start), 0 where there is none.
+
+    With rows split over context, every device gets the last tokens of the part before its own.
+
+    Raises:
+      ConfigError: such a part has fewer than `count` tokens.
+    """
+    mesh = current_mesh()
+    if mesh is None or mesh.shape["context"] == 1:
+        return shifted(jnp.pad(x_BTD, ((0, 0), (count, 0), (0, 0))), positions_BT, count)
+    parts = mesh.shape["context"]
+    if x_BTD.shape[1] < parts * count:
+        raise ConfigError(
+            f"rows split over mesh.context={parts} must have {count} tokens a part or more (model.short_conv), "
+            f"got rows of {x_BTD.shape[1]}; use fewer parts"
+        )
+
+    def local(x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        before = jax.lax.ppermute(x[:, -count:], "context", [(i, i + 1) for i in range(parts - 1)])
+        return shifted(jnp.concatenate([before, x], axis=1), positions, count)
+
+    x_spec = activation_spec(("batch", "time", None), x_BTD.shape)
+    mapped = jax.shard_map(
+        local,
+        in_specs=(x_spec, activation_spec(("batch", "time"), positions_BT.shape)),
+        out_specs=(x_spec,) * count,
+    )
+    return mapped(x_BTD, positions_BT)
+
+
+def shifted(
+    extended_BXD: Float[Array, "B X D"], positions_BT: Int[Array, "B T"], count: int
+) -> tuple[Float[Array, "B T D"], ...]:
+    """`earlier_tokens` of the last T of X = count + T tokens."""
+    T = positions_BT.shape[1]
+    return tuple(
+        jnp.where((positions_BT >= n)[:, :, None], extended_BXD[:, count - n : count - n + T], 0)
+        for n in range(1, count + 1)
+    )
 
 
 class Attention(nnx.Module):

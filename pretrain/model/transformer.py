@@ -30,6 +30,8 @@ from pretrain.model.layers import (
     ParamSpec,
     RMSNorm,
     Rope,
+    ShortConv,
+    earlier_tokens,
     linear,
     look_up,
 )
@@ -71,6 +73,8 @@ class ModelConfig:
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
     post_norms: bool = False
+    # A convolution over so many tokens before attention and before the feed-forward network; see ShortConv.
+    short_conv: int | None = None
     attention_scale: float | None = None
     attention_softcap: float | None = None
     final_softcap: float | None = None
@@ -96,6 +100,10 @@ class ModelConfig:
             )
         if self.head_width % 2:
             faults.append(f"head_width must be even for rotary embedding, got {self.head_width}")
+        if self.short_conv is not None and self.short_conv < 2:
+            faults.append(
+                f"short_conv counts the token itself and must be at least 2, got {self.short_conv}; use none for none"
+            )
         if not self.layer_pattern:
             faults.append("layer_pattern must name at least one LayerKind, got ()")
         for name, allowed in (
@@ -195,23 +203,43 @@ class Block(nnx.Module):
             dtype=c.dtype,
             rngs=rngs,
         )
+        self.short_conv = c.short_conv is not None
+        if c.short_conv is not None:
+            self.attention_conv = ShortConv(width=c.width, num_taps=c.short_conv)
+            self.mlp_conv = ShortConv(width=c.width, num_taps=c.short_conv)
         self.post_norms = c.post_norms
         if c.post_norms:
             self.post_attention_norm = norm()
             self.post_mlp_norm = norm()
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], tables: Any, attend: Any) -> Float[Array, "B T D"]:
-        """`tables` are the rotary tables, `attend(q, k, v)` the attention product for this kind of layer."""
-        return self.with_router(x_BTD, tables, attend, None)[0]
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], tables: Any, attend: Any, earlier: Any
+    ) -> Float[Array, "B T D"]:
+        """`tables` are the rotary tables, `attend(q, k, v)` the attention product for this kind of layer.
+
+        `earlier(x, n)` are the values of earlier tokens, as `layers.earlier_tokens`; asked for with `short_conv`, first
+        of what attention reads, then of what the feed-forward network does.
+        """
+        return self.with_router(x_BTD, tables, attend, earlier, None)[0]
 
     def with_router(
-        self, x_BTD: Float[Array, "B T D"], tables: Any, attend: Any, real_BT: Bool[Array, "B T"] | None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tables: Any,
+        attend: Any,
+        earlier: Any,
+        real_BT: Bool[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
         """As a call, and what the router did with the tokens of documents (`real_BT`; None: all)."""
-        q, k, v = self.attention.project(self.attention_norm(x_BTD), tables)
+        normed_BTD = self.attention_norm(x_BTD)
+        if self.short_conv:
+            normed_BTD = self.attention_conv(normed_BTD, earlier)
+        q, k, v = self.attention.project(normed_BTD, tables)
         branch = self.attention.finish(attend(q, k, v))
         x_BTD = x_BTD + (self.post_attention_norm(branch) if self.post_norms else branch)
         normed_BTD, sums = self.mlp_norm(x_BTD), None
+        if self.short_conv:
+            normed_BTD = self.mlp_conv(normed_BTD, earlier)
         if isinstance(self.mlp, Experts):
             branch, sums = self.mlp(normed_BTD, real_BT)
         else:
@@ -398,12 +426,17 @@ def _repeat_heads(x_BTKH: jax.Array, times: int) -> jax.Array:
 
 
 def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
-    """(x, arrays of one layer, tables, plan, real) -> (x, sums of the router), for layers of `kind`."""
+    """(x, arrays of one layer, tables, plan, positions, real) -> (x, sums of the router), for layers of `kind`."""
     definition = block_definition(config)
     spec = config.spec(kind)
 
     def run(
-        x_BTD: jax.Array, layer: Params, tables: Any, plan: PackPlan, real_BT: jax.Array | None
+        x_BTD: jax.Array,
+        layer: Params,
+        tables: Any,
+        plan: PackPlan,
+        positions_BT: jax.Array | None,
+        real_BT: jax.Array | None,
     ) -> tuple[jax.Array, RouterSums | None]:
         block = nnx.merge(definition, merged(layer))
         x_BTD = checkpoint_name(x_BTD, "layer_in")
@@ -411,7 +444,11 @@ def _layer_function(config: ModelConfig, kind: LayerKind, impl: str) -> Any:
         def attend_to(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return attend(q, k, v, plan, spec, impl, ring=config.context_attention == "ring")
 
-        return block.with_router(x_BTD, tables, attend_to, real_BT)
+        def earlier(x: jax.Array, count: int) -> tuple[jax.Array, ...]:
+            assert positions_BT is not None
+            return earlier_tokens(x, positions_BT, count)
+
+        return block.with_router(x_BTD, tables, attend_to, earlier, real_BT)
 
     return _remat(config, run)
 
@@ -466,9 +503,10 @@ def _run_blocks(
     }
     functions = {kind: _layer_function(config, kind, impl) for kind in pattern}
     real_BT = None if config.moe is None or segment_ids_BT is None else segment_ids_BT > 0
+    where_BT = None if config.short_conv is None else positions_BT
 
     def step(x: jax.Array, layer: Params, kind: LayerKind) -> tuple[jax.Array, RouterSums | None]:
-        return functions[kind](x, layer, tables_of[kind.rope], plan_of[kind.window], real_BT)
+        return functions[kind](x, layer, tables_of[kind.rope], plan_of[kind.window], where_BT, real_BT)
 
     # The scan runs over whole periods of the pattern; layers left over at the end follow one by one.
     period = len(pattern)

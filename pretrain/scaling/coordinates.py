@@ -23,7 +23,7 @@ from pretrain.data.batch import Batch
 from pretrain.kernels.attention.api import attention
 from pretrain.kernels.attention.plan import make_plan
 from pretrain.loss import LossConfig
-from pretrain.model.layers import look_up
+from pretrain.model.layers import earlier_tokens, look_up
 from pretrain.model.transformer import Block, ModelConfig, Params, forward, init_params, logits
 from pretrain.optim import OptimConfig, make_optimizer
 from pretrain.plots import COLORS, Curve, Panel, draw
@@ -153,6 +153,7 @@ def activations(params: Params, model: ModelConfig, tokens_BT: Int[Array, "B T"]
             x_BTD,
             tables,
             lambda q, k, v, p=plan, s=spec: attention(q, k, v, plan=p, spec=s, impl=model.attention_impl),
+            lambda x, count: earlier_tokens(x, positions_BT, count),
         )
         found[f"block {layer}"] = x_BTD
     hidden_BTD = forward(params, model, tokens_BT, positions_BT, None)

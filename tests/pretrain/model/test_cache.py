@@ -25,6 +25,7 @@ LLAMA = ModelConfig(
 FAMILIES = {
     "llama": LLAMA,
     "experts": dataclasses.replace(LLAMA, moe=MoeConfig(num_experts=4, num_active=2)),
+    "canon": dataclasses.replace(LLAMA, short_conv=4),
     "qwen": dataclasses.replace(LLAMA, num_kv_heads=1, qk_norm=True, qkv_bias=True, tied_head=True, base_width=8),
     "gemma": dataclasses.replace(
         LLAMA, num_layers=3, qk_norm=True, tied_head=True, embed_scale=True, norm_plus_one=True, post_norms=True,
@@ -100,8 +101,9 @@ def test_a_layer_with_a_window_keeps_a_ring():
     assert [k.shape[2] for k in cache.k] == [3 + CHUNK - 1, MAX_LENGTH, 3 + CHUNK - 1]
 
 
-def test_a_row_keeps_its_bits_in_any_batch_and_place():
-    config = FAMILIES["gemma"]
+@pytest.mark.parametrize("family", ["gemma", "canon"])
+def test_a_row_keeps_its_bits_in_any_batch_and_place(family):
+    config = FAMILIES[family]
     rng = np.random.default_rng(2)
     texts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (12, 5, 9)]
     prefill = np.array([8, 2, 3])
@@ -114,8 +116,9 @@ def test_a_row_keeps_its_bits_in_any_batch_and_place():
             np.testing.assert_array_equal(found[place], together[b])
 
 
-def test_padding_and_idle_rows_leave_the_cache_alone():
-    config = FAMILIES["gemma"]
+@pytest.mark.parametrize("family", ["gemma", "canon"])
+def test_padding_and_idle_rows_leave_the_cache_alone(family):
+    config = FAMILIES[family]
     texts = [np.arange(6, dtype=np.int32), np.arange(3, dtype=np.int32)]
     _, cache = give(config, texts, np.array([6, 3]))
     params = decoding_params(random_params(config), config)
@@ -124,10 +127,24 @@ def test_padding_and_idle_rows_leave_the_cache_alone():
         np.testing.assert_array_equal(now[1], before[1])
         changed = (np.asarray(now[0]) != np.asarray(before[0])).any(axis=(0, 2))
         np.testing.assert_array_equal(np.flatnonzero(changed), np.sort(np.array([6, 7]) % now.shape[2]))
+    for before, now in zip(cache.recent, after.recent, strict=True):
+        np.testing.assert_array_equal(now[1], before[1])
 
 
-def test_a_copied_row_goes_on_as_its_original():
-    config = FAMILIES["gemma"]
+def test_a_row_that_begins_anew_reads_nothing_of_the_text_before_it():
+    config = FAMILIES["canon"]
+    first, second = np.arange(9, dtype=np.int32), np.arange(20, 26, dtype=np.int32)
+    expected, _ = give(config, [second], np.array([3]))
+    _, used = give(config, [first], np.array([4]))
+    assert len(used.recent) == config.num_layers
+    again = dataclasses.replace(used, lengths_B=np.zeros(1, np.int32))
+    found, _ = give(config, [second], np.array([3]), cache=again)
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("family", ["gemma", "canon"])
+def test_a_copied_row_goes_on_as_its_original(family):
+    config = FAMILIES[family]
     text = np.arange(10, dtype=np.int32)
     expected, _ = give(config, [text[:0], text], np.array([0, 4]))
     _, half = give(config, [text[:0], text[:6]], np.array([0, 4]))

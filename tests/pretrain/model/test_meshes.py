@@ -45,6 +45,7 @@ MODELS = {
     "dense": DENSE,
     "tied": dataclasses.replace(DENSE, tied_head=True),
     "ring": dataclasses.replace(DENSE, context_attention="ring", attention_impl="auto"),
+    "canon": dataclasses.replace(DENSE, short_conv=4),
     "experts": dataclasses.replace(
         DENSE, moe=MoeConfig(num_experts=4, num_active=2, balance=LossBalance(weight=0.1), z_weight=0.01)
     ),
@@ -58,8 +59,11 @@ MESHES = {
     "tensor8": MeshConfig(fsdp=1, tensor=8),
 }
 COUNTED = [(model, mesh) for model in ("dense", "experts") for mesh in MESHES]
-# A tied table differs at the lookup and at the head alone, a ring in the attention over context.
-NAMES = [*COUNTED, ("tied", "fsdp4-tensor2"), ("tied", "tensor8"), ("ring", "fsdp2-context4")]
+# A tied table differs at the lookup and at the head alone, a ring and short convolutions over context and tensor.
+NAMES = [
+    *COUNTED, ("tied", "fsdp4-tensor2"), ("tied", "tensor8"), ("ring", "fsdp2-context4"),
+    ("canon", "fsdp2-context4"), ("canon", "fsdp4-tensor2"),
+]  # fmt: skip
 # Compiling them all takes minutes; one of them guards the default suite.
 DEFAULT = ("dense", "fsdp4-tensor2")
 
@@ -120,9 +124,15 @@ class Program:
         return jax.device_get(self.run(self.place(batch)))
 
 
+def with_taps(path, value):
+    """Short convolutions begin as the identity, which would hide them."""
+    return value + 0.3 if path[-1].key == "taps" else value
+
+
 def compiled(model: ModelConfig, mesh_config: MeshConfig | None) -> Program:
     mesh = None if mesh_config is None else make_mesh(mesh_config)
     params = init_params(model, VOCAB, seed=0)
+    params = jax.tree_util.tree_map_with_path(with_taps, params)
     if mesh is not None:
         params = jax.device_put(params, param_shardings(params, mesh))
 

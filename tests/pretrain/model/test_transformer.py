@@ -54,7 +54,8 @@ GEMMA = dataclasses.replace(
         LayerKind(rope=Rope(theta=1000.0, scaling=LinearScaling(factor=4.0))),
     ),
 )
-FAMILIES = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "gemma": GEMMA}
+CANON = dataclasses.replace(QWEN3, short_conv=4)
+FAMILIES = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "gemma": GEMMA, "canon": CANON}
 
 
 @functools.cache
@@ -117,6 +118,13 @@ def oracle_logits(params, config, tokens, positions, segments):
             return x / (1 + np.exp(-x))
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
+    def convolved(h, taps, position):
+        out = h.copy()
+        for t in range(len(h)):
+            for n in range(min(position[t] + 1, len(taps))):
+                out[t] += taps[n] * h[t - n]
+        return out
+
     table = p["embed"]["embedding"]
     out = np.zeros((*tokens.shape, VOCAB))
     for b in range(tokens.shape[0]):
@@ -126,6 +134,8 @@ def oracle_logits(params, config, tokens, positions, segments):
             kind = c.layer_pattern[layer % len(c.layer_pattern)]
             a = w["attention"]
             h = norm(x, w["attention_norm"]["scale"])
+            if c.short_conv:
+                h = convolved(h, w["attention_conv"]["taps"], positions[b])
             q = np.einsum("td,dnh->tnh", h, a["query"]) + a.get("query_bias", 0)
             k = np.einsum("td,dnh->tnh", h, a["key"]) + a.get("key_bias", 0)
             v = np.einsum("td,dnh->tnh", h, a["value"]) + a.get("value_bias", 0)
@@ -152,6 +162,8 @@ def oracle_logits(params, config, tokens, positions, segments):
             branch = np.einsum("tnh,nhd->td", o, a["out"])
             x = x + (norm(branch, w["post_attention_norm"]["scale"]) if c.post_norms else branch)
             h = norm(x, w["mlp_norm"]["scale"])
+            if c.short_conv:
+                h = convolved(h, w["mlp_conv"]["taps"], positions[b])
             gate, up = np.einsum("td,df->tf", h, w["mlp"]["gate_up"][:, 0]), h @ w["mlp"]["gate_up"][:, 1]
             branch = activation(gate) * up @ w["mlp"]["down"]
             x = x + (norm(branch, w["post_mlp_norm"]["scale"]) if c.post_norms else branch)
@@ -178,23 +190,25 @@ def test_forward_equals_the_plain_program(family):
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_packed_row_equals_its_documents_apart():
-    params = random_params(GEMMA)
+@pytest.mark.parametrize("config", [GEMMA, CANON], ids=["gemma", "canon"])
+def test_packed_row_equals_its_documents_apart(config):
+    params = random_params(config)
     tokens, positions, segments = packed_rows([(5, 4, 3)], 12)
-    together = np.asarray(run(params, GEMMA, tokens, positions, segments))
+    together = np.asarray(run(params, config, tokens, positions, segments))
     for start, n in ((0, 5), (5, 4), (9, 3)):
         alone = np.zeros((1, 12), np.int32), np.zeros((1, 12), np.int32), np.zeros((1, 12), np.int32)
         alone[0][0, :n], alone[1][0, :n], alone[2][0, :n] = tokens[0, start : start + n], np.arange(n), 1
-        expected = np.asarray(run(params, GEMMA, *alone))[0, :n]
+        expected = np.asarray(run(params, config, *alone))[0, :n]
         np.testing.assert_allclose(together[0, start : start + n], expected, rtol=0, atol=1e-5)
 
 
-def test_a_changed_document_changes_no_other_bit():
-    params = random_params(QWEN3)
+@pytest.mark.parametrize("config", [QWEN3, CANON], ids=["qwen3", "canon"])
+def test_a_changed_document_changes_no_other_bit(config):
+    params = random_params(config)
     tokens, positions, segments = packed_rows([(5, 4, 3), (2, 10)], 12)
     changed = tokens.copy()
     changed[0, 6] = (changed[0, 6] + 1) % VOCAB
-    before, after = (np.asarray(run(params, QWEN3, t, positions, segments)) for t in (tokens, changed))
+    before, after = (np.asarray(run(params, config, t, positions, segments)) for t in (tokens, changed))
     same = (before == after).all(axis=-1)
     assert same[0, :6].all()
     assert not same[0, 6:9].any()
