@@ -16,7 +16,15 @@ from jaxtyping import Array, Float, Int
 from pretrain import compat
 from pretrain.config import ConfigError
 from pretrain.kernels.attention import hopper, reference, tpu, worklist
-from pretrain.kernels.attention.configs import TPU_CHIPS, HopperBlocks, TpuBlocks, hopper_blocks, tpu_blocks
+from pretrain.kernels.attention.configs import (
+    HOPPER_SHARED_BYTES,
+    TPU_CHIPS,
+    VMEM_LIMIT_BYTES,
+    HopperBlocks,
+    TpuBlocks,
+    hopper_blocks,
+    tpu_blocks,
+)
 from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, allowed_BTS, make_plan
 
 logger = logging.getLogger(__name__)
@@ -123,9 +131,10 @@ def _reasons(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None) -> 
                 if p.width not in KERNEL_WIDTHS:
                     reasons.append(f"needs head width 64, 128 or 256, got {p.width}")
             if not reasons:
-                reasons += _block_reasons(
-                    p, _tpu_config(p, impl, config), minimum=128 if impl == "pallas_tpu" else 8
-                )
+                blocks = _tpu_config(p, impl, config)
+                reasons += _block_reasons(p, blocks, minimum=128 if impl == "pallas_tpu" else 8)
+                if impl == "pallas_tpu" and not p.decoding:
+                    reasons += _vmem_reasons(p, blocks)
         case "pallas_hopper":
             reasons += compat.mosaic_gpu_reasons()
             if not p.spec.causal:
@@ -185,6 +194,9 @@ def _block_reasons(p: Problem, blocks: TpuBlocks, minimum: int) -> list[str]:
                 reasons.append(
                     f"with an offset {name} must come in multiples of {max(size, minimum)}, got {length}"
                 )
+    for name in ("block_q", "block_q_dq", "block_q_dkv"):
+        if p.offset == "none" and (size := getattr(blocks, name)) < minimum:
+            reasons.append(f"queries lie along lanes, so {name} must be at least {minimum}, got {size}")
     if p.offset == "rows":
         reasons.append("offsets of rows are for decoding, a few queries against a longer cache")
     offset = 0 if p.offset == "none" else jnp.zeros((), jnp.int32)
@@ -198,8 +210,29 @@ def _block_reasons(p: Problem, blocks: TpuBlocks, minimum: int) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
+def _vmem_limit_bytes(device_kind: str) -> int:
+    """Of a chip that the table does not know: the least of those that it does."""
+    return VMEM_LIMIT_BYTES.get(TPU_CHIPS.get(device_kind, ""), min(VMEM_LIMIT_BYTES.values()))
+
+
+def _vmem_reasons(p: Problem, blocks: TpuBlocks) -> list[str]:
+    limit = _vmem_limit_bytes(p.device_kind)
+    taken = tpu.vmem_bytes(blocks, p.group, p.width, jnp.dtype(p.dtype).itemsize)
+    return [
+        f"its {kernel} tiles of {block_q} queries of {p.group} heads by {block_k} keys take up to {size / 2**20:.1f} "
+        f"MiB of vector memory in {p.dtype}, more than the {limit >> 20} of this chip; use shorter blocks or slices"
+        for (kernel, size), (_, block_q, block_k) in zip(taken.items(), blocks.tiles, strict=True)
+        if size > limit
+    ]
+
+
 def _hopper_reasons(p: Problem, blocks: HopperBlocks) -> list[str]:
-    reasons = []
+    reasons = [
+        f"its {kernel} tiles take {size} bytes of shared memory, more than the {HOPPER_SHARED_BYTES} of a thread "
+        "block; use shorter blocks or fewer stages"
+        for kernel, size in hopper.shared_memory_bytes(blocks, p.width).items()
+        if size > HOPPER_SHARED_BYTES
+    ]
     if p.offset == "rows":
         reasons.append("offsets of rows are for decoding, which it does not serve")
     size_q, size_k = blocks.multiple_of
@@ -220,7 +253,10 @@ def _hopper_config(p: Problem, config: TpuBlocks | HopperBlocks | None) -> Hoppe
 
 
 def _tpu_config(p: Problem, impl: str, config: TpuBlocks | HopperBlocks | None) -> TpuBlocks:
-    """The tiles to use: those given, or the table's, shortened to the row (and to a divisor under an offset)."""
+    """The tiles to use: those given, or the table's, shortened to the memory, the row and a divisor under an offset.
+
+    The table is of bfloat16; float32, and many heads on one key-value head, take shorter tiles where memory asks it.
+    """
     if config is not None:
         if not isinstance(config, TpuBlocks):
             raise ConfigError(
@@ -230,6 +266,9 @@ def _tpu_config(p: Problem, impl: str, config: TpuBlocks | HopperBlocks | None) 
     # Interpreted there is no chip.
     chip = TPU_CHIPS[p.device_kind] if impl == "pallas_tpu" else "v5e"
     blocks = tpu_blocks(chip, p.width, p.group, p.packed)
+    if impl == "pallas_tpu" and not p.decoding:
+        itemsize = jnp.dtype(p.dtype).itemsize
+        blocks = tpu.fitting(blocks, p.group, p.width, itemsize, _vmem_limit_bytes(p.device_kind))
     if p.decoding:  # all queries are one tile, and tiles of keys are as long as the cache lets them be
         return blocks
     blocks = blocks.limited_to(max(p.num_queries, 8 if impl == "tpu_interpret" else 128))

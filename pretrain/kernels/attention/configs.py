@@ -25,9 +25,9 @@ class TpuBlocks:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value < 8 or value & (value - 1):
+            if type(value) is not int or value < 8 or value & (value - 1):
                 raise ConfigError(
-                    f"{field.name} must be a power of two from 8 on, got {value}; use 128 to 2048"
+                    f"{field.name} must be a power of two from 8 on, got {value!r}; use 128 to 2048"
                 )
 
     @property
@@ -43,6 +43,10 @@ class TpuBlocks:
         """The same tiles, halved until they are no longer than the row rounded up to a power of two."""
         limit = max(8, 1 << (length - 1).bit_length())
         return TpuBlocks(**{f.name: min(getattr(self, f.name), limit) for f in dataclasses.fields(self)})
+
+
+# The longest side of a copy by TMA, and of a product by wgmma.
+MAX_HOPPER_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +70,14 @@ class HopperBlocks:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             rows = 64 if field.name in ("block_q", "block_q_dq", "block_k_dkv") else 32
-            if field.name.startswith("block") and (value < rows or value % rows):
-                faults.append(f"{field.name} must be a multiple of {rows}, got {value}; use 64, 128 or 256")
-            if field.name.startswith("stages") and value < 2:
+            if type(value) is not int:
+                faults.append(f"{field.name} must be an integer, got {value!r}; use 64, or 2 stages")
+            elif field.name.startswith("block") and (value % rows or not rows <= value <= MAX_HOPPER_BLOCK):
+                faults.append(
+                    f"{field.name} must be a multiple of {rows} up to {MAX_HOPPER_BLOCK}, got {value}; "
+                    "use 64, 128 or 256"
+                )
+            elif field.name.startswith("stages") and value < 2:
                 faults.append(
                     f"{field.name} must be at least 2, got {value}; one tile is filled while one is used"
                 )
@@ -118,6 +127,13 @@ TPU_CHIPS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
+
+
+# Bytes of vector memory that XLA lets one kernel use by default, as libtpu 0.0.42.1 says when it refuses one.
+VMEM_LIMIT_BYTES = {"v5e": 16 << 20, "v5p": 16 << 20, "v6e": 32 << 20}
+# Bytes of shared memory that a thread block may have on compute capability 9.0 (CUDA programming guide, table of
+# technical specifications).
+HOPPER_SHARED_BYTES = 227 * 1024
 
 
 def tpu_blocks(chip: str, width: int, group: int, packed: bool) -> TpuBlocks:

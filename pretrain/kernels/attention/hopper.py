@@ -17,9 +17,11 @@ of a tile.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
@@ -40,6 +42,10 @@ STREAM = 2  # the warpgroup that streams
 FLOOR = -1e30
 # From this width on dk and dv of one tile do not fit the registers of one warpgroup: each makes one of them.
 SPLIT_WIDTH = 256
+# How Mosaic GPU lays out shared memory: arrays begin at multiples of this, and a kernel that has a maximum or a sum over
+# a tile is given room for it (`CompilerParams.reduction_scratch_bytes`).
+SHARED_ALIGNMENT = 1024
+REDUCTION_BYTES = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +256,77 @@ def _ring_barriers(name: str, stages: int, copies: int = 1) -> dict[str, plgpu.B
     }
 
 
+def _forward_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, object]:
+    block_q, block_k, stages = blocks.block_q, blocks.block_k, blocks.stages
+    tile_memory = _tile_memory(block_k)
+    return {
+        "q_smem": tile_memory((2, block_q, width), dtype),
+        "k_smem": tile_memory((stages, block_k, width), dtype),
+        "v_smem": tile_memory((stages, block_k, width), dtype),
+        "k_lo_smem": plgpu.SMEM((2, block_q), jnp.int32),
+        "lse_smem": plgpu.SMEM((2, block_q), jnp.float32),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=2),
+        "turn": plgpu.Barrier(num_arrivals=2),
+        **_ring_barriers("k", stages),
+        **_ring_barriers("v", stages),
+    }
+
+
+def _backward_q_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, object]:
+    block_q, block_k, stages = blocks.block_q_dq, blocks.block_k_dq, blocks.stages_bwd
+    tile_memory = _tile_memory(block_k)
+    return {
+        "q_smem": tile_memory((2, block_q, width), dtype),
+        "do_smem": tile_memory((2, block_q, width), dtype),
+        "k_smem": tile_memory((stages, block_k, width), dtype),
+        "v_smem": tile_memory((stages, block_k, width), dtype),
+        "lse_smem": plgpu.SMEM((2, block_q), jnp.float32),
+        "delta_smem": plgpu.SMEM((2, block_q), jnp.float32),
+        "k_lo_smem": plgpu.SMEM((2, block_q), jnp.int32),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=5),
+        **_ring_barriers("k", stages),
+        **_ring_barriers("v", stages),
+    }
+
+
+def _backward_kv_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, object]:
+    block_q, block_k, stages = blocks.block_q_dkv, blocks.block_k_dkv, blocks.stages_bwd
+    split = width >= SPLIT_WIDTH
+    own_tiles = 1 if split else 2
+    tile_memory = _tile_memory(block_q)
+    return {
+        "k_smem": tile_memory((own_tiles, block_k, width), dtype),
+        "v_smem": tile_memory((own_tiles, block_k, width), dtype),
+        "q_smem": tile_memory((stages, block_q, width), dtype),
+        "do_smem": tile_memory((stages, block_q, width), dtype),
+        "lse_smem": plgpu.SMEM((stages, block_q), jnp.float32),
+        "delta_smem": plgpu.SMEM((stages, block_q), jnp.float32),
+        "k_lo_smem": plgpu.SMEM((stages, block_q), jnp.int32),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=1 if split else 2),
+        "turn": plgpu.Barrier(num_arrivals=2),
+        **_ring_barriers("q", stages, copies=3),
+        **_ring_barriers("do", stages, copies=2),
+    }
+
+
+def shared_memory_bytes(blocks: HopperBlocks, width: int) -> dict[str, int]:
+    """What a thread block of each kernel takes of shared memory for bfloat16 heads of `width`, as Mosaic counts it."""
+
+    def taken(memory: dict[str, object], reduces: bool) -> int:
+        arrays = [x for x in memory.values() if not isinstance(x, plgpu.Barrier)]
+        # One number, or a tuple of one, by the version of jax.
+        barriers = sum(int(np.prod(x.num_barriers)) for x in memory.values() if isinstance(x, plgpu.Barrier))
+        sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
+        aligned = sum(-(-size // SHARED_ALIGNMENT) * SHARED_ALIGNMENT for size in sizes)
+        return aligned + 8 * barriers + reduces * REDUCTION_BYTES
+
+    return {
+        "forward": taken(_forward_memory(blocks, width, jnp.bfloat16), True),
+        "dq": taken(_backward_q_memory(blocks, width, jnp.bfloat16), False),
+        "dk/dv": taken(_backward_kv_memory(blocks, width, jnp.bfloat16), False),
+    }
+
+
 def _range(bounds_ref, row, block):
     """(lo, full_lo, full_hi, hi) of one outer block."""
     # Inside shard_map what is read varies over mesh axes and nothing else in a kernel does: a sum forgets them, as the
@@ -385,18 +462,7 @@ def _forward(static: _Static, q, k, v, sinks, rows, bounds):
 
             _each(first, last, stream)
 
-    tile_memory = _tile_memory(block_k)
-    scratch = {
-        "q_smem": tile_memory((2, block_q, width), dtype),
-        "k_smem": tile_memory((stages, block_k, width), dtype),
-        "v_smem": tile_memory((stages, block_k, width), dtype),
-        "k_lo_smem": plgpu.SMEM((2, block_q), jnp.int32),
-        "lse_smem": plgpu.SMEM((2, block_q), jnp.float32),
-        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=2),
-        "turn": plgpu.Barrier(num_arrivals=2),
-        **_ring_barriers("k", stages),
-        **_ring_barriers("v", stages),
-    }
+    scratch = _forward_memory(static.blocks, width, dtype)
     out_type = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((batch, heads, time), jnp.float32)]
     # Heads vary fastest, so that the keys of a group stay in the cache.
     grid = {"head": heads, "tile": num_tiles, "row": batch}
@@ -496,19 +562,7 @@ def _backward_q(static: _Static, q, k, v, do, lse2, delta, rows, bounds):
 
             _each(first, last, stream)
 
-    tile_memory = _tile_memory(block_k)
-    scratch = {
-        "q_smem": tile_memory((2, block_q, width), dtype),
-        "do_smem": tile_memory((2, block_q, width), dtype),
-        "k_smem": tile_memory((stages, block_k, width), dtype),
-        "v_smem": tile_memory((stages, block_k, width), dtype),
-        "lse_smem": plgpu.SMEM((2, block_q), jnp.float32),
-        "delta_smem": plgpu.SMEM((2, block_q), jnp.float32),
-        "k_lo_smem": plgpu.SMEM((2, block_q), jnp.int32),
-        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=5),
-        **_ring_barriers("k", stages),
-        **_ring_barriers("v", stages),
-    }
+    scratch = _backward_q_memory(static.blocks, width, dtype)
     grid = {"head": heads, "tile": num_tiles, "row": batch}
     (dq,) = _call(static, kernel, "attention_backward_q", [jax.ShapeDtypeStruct(q.shape, dtype)], scratch, grid,
                   q, k, v, do, lse2, delta, *rows, bounds)  # fmt: skip
@@ -657,20 +711,7 @@ def _backward_kv(static: _Static, q, k, v, do, lse2, delta, rows, bounds):
 
             _each(0, span * group, stream)
 
-    tile_memory = _tile_memory(block_q)
-    scratch = {
-        "k_smem": tile_memory((own_tiles, block_k, width), dtype),
-        "v_smem": tile_memory((own_tiles, block_k, width), dtype),
-        "q_smem": tile_memory((stages, block_q, width), dtype),
-        "do_smem": tile_memory((stages, block_q, width), dtype),
-        "lse_smem": plgpu.SMEM((stages, block_q), jnp.float32),
-        "delta_smem": plgpu.SMEM((stages, block_q), jnp.float32),
-        "k_lo_smem": plgpu.SMEM((stages, block_q), jnp.int32),
-        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=1 if split else 2),
-        "turn": plgpu.Barrier(num_arrivals=2),
-        **_ring_barriers("q", stages, copies=3),
-        **_ring_barriers("do", stages, copies=2),
-    }
+    scratch = _backward_kv_memory(static.blocks, width, dtype)
     grid = {"head": kv_heads, "tile": num_tiles, "row": batch}
     out_type = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (k, v)]
     return tuple(

@@ -25,6 +25,8 @@ from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, bounds_of_q
 from pretrain.kernels.attention.worklist import WorkList
 
 LANES = 128
+# In the order of `TpuBlocks.tiles`.
+KERNELS = ("forward", "dq", "dk/dv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,82 @@ class _Static:
     slice_k: int
     interpret: object
     count: bool = False
+
+
+# Score tiles [slice_k, X] in float32 that are live at once beside what is buffered, by kernel and bytes of an element.
+# Rounded up from what libtpu 0.0.42.1 reports (used_scoped_memory) over widths 64 to 256, 128 to 8192 columns, 128 to
+# 2048 keys, with and without soft cap. Products of float32 in full precision are split into bfloat16 pieces, which for
+# dk/dv are pieces of q and do as well.
+TILES_IN_FLIGHT = {
+    ("forward", 2): 1.5, ("forward", 4): 2.75, ("dq", 2): 2.25, ("dq", 4): 3.0, ("dk/dv", 2): 3.5, ("dk/dv", 4): 6.5,
+}  # fmt: skip
+PIECES_OF_QUERIES = 5.5
+
+
+def kernel_vmem_bytes(
+    kernel: str, *, group: int, block_q: int, block_k: int, slice_k: int, width: int, itemsize: int
+) -> int:
+    """An upper bound on the vector memory of one kernel for `group` heads of `width` on a key-value head."""
+    lanes, columns = max(width, LANES), group * block_q
+    queries, keys = columns * lanes * itemsize, block_k * lanes * itemsize
+    # Rows of columns and of ranges: eight sublanes are the least.
+    vectors, ranges = -(-group // 8) * 8 * block_q * 4, 2 * 8 * block_q * 4
+    match kernel:
+        case "forward":  # q, k, v, o, lse; maximum, sum and output are carried
+            buffered = 2 * queries + 2 * keys + vectors + ranges
+            carried = (width + 16) * columns * 4
+        case "dq":  # q, do, dq, k, v, lse, delta
+            buffered = 3 * queries + 2 * keys + 2 * vectors + ranges
+            carried = width * columns * 4
+        case "dk/dv":  # q, do, k, v, dk, dv, lse, delta
+            buffered = 2 * queries + 4 * keys + 2 * vectors + ranges
+            carried = 2 * block_k * lanes * 4
+        case _:
+            raise AssertionError(kernel)
+    tile = min(slice_k, block_k) * columns * 4
+    pieces = PIECES_OF_QUERIES * columns * width * 4 if (kernel, itemsize) == ("dk/dv", 4) else 0
+    # What is buffered is there twice: one block is copied while the other is used.
+    return int(2 * buffered + carried + TILES_IN_FLIGHT[kernel, itemsize] * tile + pieces)
+
+
+def vmem_bytes(blocks: TpuBlocks, group: int, width: int, itemsize: int) -> dict[str, int]:
+    """`kernel_vmem_bytes` of each kernel with its tiles."""
+    return {
+        kernel: kernel_vmem_bytes(
+            kernel,
+            group=group,
+            block_q=block_q,
+            block_k=block_k,
+            slice_k=blocks.slice_k,
+            width=width,
+            itemsize=itemsize,
+        )  # fmt: skip
+        for kernel, (_, block_q, block_k) in zip(KERNELS, blocks.tiles, strict=True)
+    }
+
+
+def fitting(blocks: TpuBlocks, group: int, width: int, itemsize: int, limit_bytes: int) -> TpuBlocks:
+    """The same tiles, halved down to 128 a side for as long as a kernel takes more than `limit_bytes`.
+
+    The longer side of a tile goes first, the slices of keys last. What does not fit at 128 is returned as it is.
+    """
+    fields = (("block_q", "block_k"), ("block_q_dq", "block_k_dq"), ("block_q_dkv", "block_k_dkv"))
+    while True:
+        taken = vmem_bytes(blocks, group, width, itemsize)
+        over = [names for kernel, names in zip(KERNELS, fields, strict=True) if taken[kernel] > limit_bytes]
+        shorter = {}
+        for name_q, name_k in over:
+            block_q, block_k = getattr(blocks, name_q), getattr(blocks, name_k)
+            name, side = (
+                (name_q, block_q) if group * block_q > block_k and block_q > LANES else (name_k, block_k)
+            )
+            if side > LANES:
+                shorter[name] = side // 2
+        if over and not shorter and blocks.slice_k > LANES:
+            shorter = {"slice_k": blocks.slice_k // 2}
+        if not shorter:
+            return blocks
+        blocks = dataclasses.replace(blocks, **shorter)
 
 
 def tpu_attention(

@@ -9,9 +9,17 @@ import pytest
 
 from pretrain import compat
 from pretrain.config import ConfigError
-from pretrain.kernels.attention import api, hopper
+from pretrain.kernels.attention import api, hopper, tpu
 from pretrain.kernels.attention.api import Problem, attention, choose, prepare_plan
-from pretrain.kernels.attention.configs import HopperBlocks, TpuBlocks, hopper_blocks
+from pretrain.kernels.attention.configs import (
+    HOPPER_TABLE,
+    TPU_TABLE,
+    VMEM_LIMIT_BYTES,
+    HopperBlocks,
+    TpuBlocks,
+    hopper_blocks,
+    tpu_blocks,
+)
 from pretrain.kernels.attention.plan import AttentionSpec, block_bounds, make_plan
 
 CAUSAL = AttentionSpec()
@@ -210,24 +218,85 @@ def test_what_an_implementation_cannot_do_is_a_value_error_too(impl, change, mes
         choose(dataclasses.replace(ON_TPU, **change), impl)
 
 
-@pytest.mark.parametrize("value", [0, 7, 96])
+@pytest.mark.parametrize("value", [0, 7, 96, 128.0])
 def test_blocks_are_powers_of_two(value):
     with pytest.raises(ConfigError, match=f"block_q must be a power of two from 8 on, got {value}"):
         dataclasses.replace(SMALL, block_q=value)
 
 
-def test_hopper_tiles_fit_the_matrix_unit():
-    with pytest.raises(ConfigError, match="block_q must be a multiple of 64, got 48"):
-        HopperBlocks(
-            block_q=48,
-            block_k=64,
-            stages=2,
-            block_q_dq=64,
-            block_k_dq=64,
-            block_q_dkv=64,
-            block_k_dkv=64,
-            stages_bwd=2,
-        )
+HOPPER = HopperBlocks(
+    block_q=64, block_k=64, stages=2, block_q_dq=64, block_k_dq=64, block_q_dkv=64, block_k_dkv=64, stages_bwd=2
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_q": 48}, "block_q must be a multiple of 64 up to 256, got 48; use 64"),
+        ({"block_k": 288}, "block_k must be a multiple of 32 up to 256, got 288; use 64"),
+        ({"block_k_dkv": 64.0}, "block_k_dkv must be an integer, got 64.0"),
+        ({"stages": 1}, "stages must be at least 2, got 1"),
+    ],
+)
+def test_hopper_tiles_fit_the_matrix_unit_and_the_copies(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(HOPPER, **fields)
+
+
+WIDE = TpuBlocks(
+    block_q=1024, block_k=1024, block_q_dq=512, block_k_dq=512, block_q_dkv=512, block_k_dkv=512, slice_k=512
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("impl", "problem", "config", "message"),
+    [
+        ("pallas_tpu", ON_TPU, dataclasses.replace(WIDE, block_q_dq=64), "block_q_dq must be at least 128, got 64"),
+        (
+            "pallas_tpu", dataclasses.replace(ON_TPU, heads=8, kv_heads=1), WIDE,
+            r"its forward tiles of 1024 queries of 8 heads by 1024 keys take up to 3\d.\d MiB .* in bfloat16, more than "
+            "the 16 of this chip; use shorter blocks",
+        ),
+        ("pallas_tpu", dataclasses.replace(ON_TPU, dtype="float32"), WIDE, r"its dk/dv tiles .* in float32"),
+        (
+            "pallas_hopper", ON_H100, dataclasses.replace(HOPPER, stages=6),
+            "its forward tiles take 233688 bytes of shared memory, more than the 232448 of a thread block",
+        ),
+        ("pallas_hopper", ON_H100, dataclasses.replace(HOPPER, block_q_dq=256), "its dq tiles take .* shared memory"),
+    ],
+)  # fmt: skip
+def test_tiles_that_no_chip_could_hold_are_refused(impl, problem, config, message):
+    with pytest.raises(ConfigError, match=message):
+        choose(problem, impl, config)
+    assert choose(dataclasses.replace(problem, kv_heads=8, dtype="bfloat16"), impl).impl == impl
+
+
+def test_the_rows_of_the_tables_fit_their_chips():
+    """In bfloat16, for which they are made; float32 and groups of heads take shorter ones where memory asks it."""
+    for (chip, width), rows in TPU_TABLE.items():
+        for packed in rows:
+            for group in (1, 2, 4, 8):
+                blocks, limit = tpu_blocks(chip, width, group, packed), VMEM_LIMIT_BYTES[chip]
+                assert tpu.fitting(blocks, group, width, 2, limit) == blocks
+                assert max(tpu.vmem_bytes(blocks, group, width, 2).values()) <= limit
+                shorter = tpu.fitting(blocks, group, width, 4, limit)
+                assert max(tpu.vmem_bytes(shorter, group, width, 4).values()) <= limit
+    for width, rows in HOPPER_TABLE.items():
+        for blocks in rows.values():
+            assert max(hopper.shared_memory_bytes(blocks, width).values()) <= api.HOPPER_SHARED_BYTES
+
+
+def test_float32_takes_shorter_tiles_and_what_fits_in_no_tile_is_declined():
+    problem = dataclasses.replace(ON_TPU, kv_heads=1, width=256)
+    wide = api._tpu_config(problem, "pallas_tpu", None)
+    narrow = api._tpu_config(dataclasses.replace(problem, dtype="float32"), "pallas_tpu", None)
+    assert (wide.block_k_dkv, narrow.block_k_dkv) == (512, 128)
+    assert narrow.block_k == wide.block_k
+    choice = choose(dataclasses.replace(ON_TPU, heads=64, kv_heads=1))
+    assert choice.impl == "xla"
+    assert (
+        "dk/dv tiles of 128 queries of 64 heads by 128 keys take up to" in choice.declined["pallas_tpu"][-1]
+    )
 
 
 def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
