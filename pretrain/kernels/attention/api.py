@@ -97,7 +97,7 @@ def choose(problem: Problem, impl: str = "auto", config: TpuBlocks | HopperBlock
     Raises Declined (a NotImplementedError) with every reason when `impl` cannot do it.
     """
     if impl != "auto":
-        reasons = _reasons(impl, problem, config)
+        reasons = reasons_against(impl, problem, config)
         if reasons:
             raise Declined(
                 f"attention impl={impl!r} cannot do this: {'; '.join(reasons)}; take impl='xla', or auto"
@@ -105,14 +105,14 @@ def choose(problem: Problem, impl: str = "auto", config: TpuBlocks | HopperBlock
         return Choice(impl, {})
     declined = {}
     for name in AUTO_ORDER:
-        reasons = _reasons(name, problem, config)
+        reasons = reasons_against(name, problem, config)
         if not reasons:
             return Choice(name, declined)
         declined[name] = reasons
     raise AssertionError("xla serves every problem")
 
 
-def _reasons(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None) -> list[str]:
+def reasons_against(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None = None) -> list[str]:
     """Why `impl` cannot serve `p`; empty when it can."""
     reasons = []
     match impl:
@@ -133,7 +133,7 @@ def _reasons(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None) -> 
             if not reasons:
                 blocks = _tpu_config(p, impl, config)
                 reasons += _block_reasons(p, blocks, minimum=128 if impl == "pallas_tpu" else 8)
-                if impl == "pallas_tpu" and not p.decoding:
+                if impl == "pallas_tpu":
                     reasons += _vmem_reasons(p, blocks)
         case "pallas_hopper":
             reasons += compat.mosaic_gpu_reasons()
@@ -177,9 +177,7 @@ def _reasons(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | None) -> 
 
 def _block_reasons(p: Problem, blocks: TpuBlocks, minimum: int) -> list[str]:
     if p.decoding:
-        if p.num_keys % minimum:
-            return [f"needs a cache length that {minimum} divides, got {p.num_keys}"]
-        table = 8 * p.batch * (p.num_keys // _decode_tiles(blocks, p.num_keys)[0])
+        table = 8 * p.batch * -(-p.num_keys // _decode_tiles(blocks, p.num_keys)[0])
         if table > worklist.MAX_TABLE_BYTES:
             return [f"the work list of {p.batch} rows takes {table} bytes of scalar memory, more than the limit of "
                     f"{worklist.MAX_TABLE_BYTES}; decode fewer rows at a time"]  # fmt: skip
@@ -216,8 +214,18 @@ def _vmem_limit_bytes(device_kind: str) -> int:
 
 
 def _vmem_reasons(p: Problem, blocks: TpuBlocks) -> list[str]:
-    limit = _vmem_limit_bytes(p.device_kind)
-    taken = tpu.vmem_bytes(blocks, p.group, p.width, jnp.dtype(p.dtype).itemsize)
+    limit, itemsize = _vmem_limit_bytes(p.device_kind), jnp.dtype(p.dtype).itemsize
+    if p.decoding:
+        block_k, slice_k = _decode_tiles(blocks, p.num_keys)
+        size = tpu.kernel_vmem_bytes(
+            "forward", group=1, block_q=tpu.decode_columns(p.group, p.num_queries), block_k=block_k, slice_k=slice_k,
+            width=p.width, itemsize=itemsize,
+        )  # fmt: skip
+        if size <= limit:
+            return []
+        return [f"its tiles of {block_k} keys take up to {size / 2**20:.1f} MiB of vector memory in {p.dtype}, more "
+                f"than the {limit >> 20} of this chip; use shorter blocks or slices"]  # fmt: skip
+    taken = tpu.vmem_bytes(blocks, p.group, p.width, itemsize)
     return [
         f"its {kernel} tiles of {block_q} queries of {p.group} heads by {block_k} keys take up to {size / 2**20:.1f} "
         f"MiB of vector memory in {p.dtype}, more than the {limit >> 20} of this chip; use shorter blocks or slices"
@@ -284,9 +292,13 @@ def _tpu_config(p: Problem, impl: str, config: TpuBlocks | HopperBlocks | None) 
 
 
 def _decode_tiles(blocks: TpuBlocks, num_keys: int) -> tuple[int, int]:
-    """(keys a tile, keys a slice of it) against a cache: powers of two that divide its length."""
-    block_k = min(blocks.block_k, num_keys & -num_keys)
-    return block_k, min(blocks.slice_k, block_k)
+    """(keys a tile, keys a slice of it) against a cache: as few tiles as the table's allow, of about one size.
+
+    They need not divide the cache: what the last one holds beyond it is masked.
+    """
+    slice_k = min(blocks.slice_k, blocks.block_k)
+    num_tiles = -(-num_keys // blocks.block_k)
+    return -(-num_keys // (num_tiles * slice_k)) * slice_k, slice_k
 
 
 def _padded(num_queries: int, num_keys: int, blocks: TpuBlocks) -> tuple[int, int]:
@@ -299,7 +311,7 @@ def _padded(num_queries: int, num_keys: int, blocks: TpuBlocks) -> tuple[int, in
 
 
 @functools.cache
-def _announce(choice: str) -> None:
+def announce(choice: str) -> None:
     """Once for each that differs, however many layers and steps are traced."""
     logger.info("%s", choice)
 
@@ -357,7 +369,7 @@ def attention(
         return_lse=return_lse,
     )
     choice = choose(problem, impl, config)
-    _announce(str(choice))
+    announce(str(choice))
     if plan is None:
         plan = make_plan(segment_ids, spec, seq_len=k_BSKH.shape[1], batch=batch)
     if plan.q_hi_BS.shape[0] != batch:

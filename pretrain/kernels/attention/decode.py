@@ -14,16 +14,26 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pretrain.config import ConfigError
-from pretrain.kernels.attention.api import Choice, Problem, attention, choose, target
+from pretrain.kernels.attention.api import (
+    AUTO_ORDER,
+    Choice,
+    Declined,
+    Problem,
+    announce,
+    attention,
+    reasons_against,
+    target,
+)
 from pretrain.kernels.attention.math import MASKED
 from pretrain.kernels.attention.plan import AttentionSpec
 from pretrain.kernels.attention.reference import score_scale
+from pretrain.kernels.attention.tpu import without_gradient
 
 # Keys in a block at most: the granularity of the work. Blocks are multiples of the alignment.
 BLOCK_KEYS = 128
 _ALIGNMENT = 16
-# What serves a cache; in the order in which `auto` asks, but for tpu_interpret, which is taken by name only.
-IMPLEMENTATIONS = ("pallas_tpu", "xla", "tpu_interpret")
+# What may be asked for: what `auto` asks, in that order, and what is taken by name only.
+IMPLEMENTATIONS = (*AUTO_ORDER, "tpu_interpret")
 
 
 def held_positions(
@@ -44,6 +54,7 @@ def decode_attention(
     *,
     spec: AttentionSpec,
     max_length: int,
+    sinks_N: Float[Array, " N"] | None = None,
     impl: str = "auto",
     block_keys: int = BLOCK_KEYS,
 ) -> Float[Array, "B T N H"]:
@@ -51,17 +62,24 @@ def decode_attention(
 
     `lengths_B` counts the positions that a row has been given, the queries' own keys included; none passes
     `max_length`. A row of length 0 gives zeros, or numbers that mean nothing. Softmax is in float32.
+    sinks_N: one logit a head that joins the softmax's denominator and carries no value.
+
+    What was taken, and why the others were not, is logged once for each distinct choice.
 
     Raises:
       ConfigError: shapes that do not belong together, all faults at once.
-      NotImplementedError: an implementation asked for by name cannot do this.
+      NotImplementedError: an implementation asked for by name cannot do this, or the result is differentiated.
     """
-    _check(q_BTNH, k_BKSH, v_BKSH, spec, max_length, impl)
-    choice = choose_decode(q_BTNH, k_BKSH, spec, max_length, impl)
+    _check(q_BTNH, k_BKSH, v_BKSH, sinks_N, spec, max_length, impl)
+    choice = choose_decode(q_BTNH, k_BKSH, spec, max_length, impl, sinks=sinks_N is not None)
+    announce(f"decode {choice}")
+    q_BTNH, k_BKSH, v_BKSH, sinks_N = without_gradient(
+        "attention() has one", (q_BTNH, k_BKSH, v_BKSH, sinks_N)
+    )
     if choice.impl == "xla":
-        return _by_blocks(q_BTNH, k_BKSH, v_BKSH, starts_B, lengths_B, spec, block_keys)
+        return _by_blocks(q_BTNH, k_BKSH, v_BKSH, sinks_N, starts_B, lengths_B, spec, block_keys)
     k_BSKH, v_BSKH = (jnp.swapaxes(x, 1, 2).astype(q_BTNH.dtype) for x in (k_BKSH, v_BKSH))
-    return attention(q_BTNH, k_BSKH, v_BSKH, spec=spec, q_offset=starts_B, impl=choice.impl)
+    return attention(q_BTNH, k_BSKH, v_BSKH, spec=spec, sinks_N=sinks_N, q_offset=starts_B, impl=choice.impl)
 
 
 def choose_decode(
@@ -70,10 +88,12 @@ def choose_decode(
     spec: AttentionSpec,
     max_length: int,
     impl: str = "auto",
+    *,
+    sinks: bool = False,
 ) -> Choice:
     """Which implementation serves these shapes, and why the others do not; the kernels are those of `attention`.
 
-    Raises NotImplementedError with every reason when `impl` cannot do it.
+    Raises Declined (a NotImplementedError) with every reason when `impl` cannot do it.
     """
     platform, device_kind = target()
     problem = Problem(
@@ -87,30 +107,29 @@ def choose_decode(
         kv_heads=k_BKSH.shape[1],
         width=q_BTNH.shape[3],
         spec=spec,
+        sinks=sinks,
         offset="rows",
     )
     declined: dict[str, list[str]] = {}
-    for name in IMPLEMENTATIONS[:2] if impl == "auto" else (impl,):
+    for name in AUTO_ORDER if impl == "auto" else (impl,):
         if name == "xla":
             return Choice(name, declined)
-        reasons = []
-        if k_BKSH.shape[2] < max_length:
+        reasons = reasons_against(name, problem)
+        if name in ("pallas_tpu", "tpu_interpret") and k_BKSH.shape[2] < max_length:
             reasons.append(f"reads keys in order, got a ring of {k_BKSH.shape[2]} for texts of {max_length}")
-        if not problem.decoding:
-            reasons.append("serves a few queries against a longer cache")
         if not reasons:
-            try:
-                return Choice(choose(problem, name).impl, declined)
-            except NotImplementedError as error:
-                reasons.append(str(error))
+            return Choice(name, declined)
         declined[name] = reasons
-    raise NotImplementedError(f"decode attention impl={impl!r} cannot do this: {'; '.join(declined[impl])}")
+    raise Declined(
+        f"decode attention impl={impl!r} cannot do this: {'; '.join(declined[impl])}; take impl='xla', or auto"
+    )
 
 
 def _by_blocks(
     q_BTNH: Array,
     k_BKSH: Array,
     v_BKSH: Array,
+    sinks_N: Array | None,
     starts_B: Array,
     lengths_B: Array,
     spec: AttentionSpec,
@@ -150,8 +169,15 @@ def _by_blocks(
         part = jnp.einsum("BKXS,BKSH->BKXH", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return new_top, total * keep + p.sum(axis=3, keepdims=True), o * keep + part
 
-    zero = jnp.zeros((*q_BKXH.shape[:3], 1), jnp.float32)
-    state = _varying_like(q_BTNH, (zero + MASKED, zero, jnp.zeros(q_BKXH.shape, jnp.float32)))
+    top = jnp.full((*q_BKXH.shape[:3], 1), MASKED, jnp.float32)
+    total = jnp.zeros_like(top)
+    if sinks_N is not None:
+        sink_KX = jnp.tile(sinks_N.astype(jnp.float32).reshape(K, 1, N // K), (1, T, 1)).reshape(K, -1)
+        sink = jnp.broadcast_to(sink_KX[None, :, :, None], top.shape)
+        # A sink of -inf is none.
+        top = jnp.maximum(top, sink)
+        total = jnp.exp(sink - top)
+    state = _varying_like(q_BTNH, (top, total, jnp.zeros(q_BKXH.shape, jnp.float32)))
     first, last = _blocks_to_visit(starts_B, lengths_B, spec.window, S, block)
     _, total, o = lax.fori_loop(first, last, visit, state)
     o_BKXH = o / jnp.where(total > 0, total, 1.0)
@@ -177,11 +203,18 @@ def _varying_like(x: Array, tree):
     return jax.tree.map(lambda a: lax.pcast(a, axes, to="varying") if axes else a, tree)
 
 
-def _check(q_BTNH, k_BKSH, v_BKSH, spec: AttentionSpec, max_length: int, impl: str) -> None:
+def _check(q_BTNH, k_BKSH, v_BKSH, sinks_N, spec: AttentionSpec, max_length: int, impl: str) -> None:
     faults = []
     q, k, v = (tuple(x.shape) for x in (q_BTNH, k_BKSH, v_BKSH))
+    if len(q) != 4 or len(k) != 4 or 0 in (*q, *k):
+        raise ConfigError(
+            f"q and the cache must be [B, T, N, H] and [B, K, S, H], none of them zero, got {q} and {k}; leave the "
+            "call out where there is nothing to attend"
+        )
     if impl != "auto" and impl not in IMPLEMENTATIONS:
-        faults.append(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+        faults.append(
+            f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)} for a cache, got {impl!r}; use auto"
+        )
     if not spec.causal:
         faults.append("decoding is causal, got causal=False; use attention() for two-sided rows")
     if k != v:
@@ -192,6 +225,8 @@ def _check(q_BTNH, k_BKSH, v_BKSH, spec: AttentionSpec, max_length: int, impl: s
         faults.append(
             f"query heads must be a multiple of key-value heads, got {q[2]} and {k[1]}; repeat the latter"
         )
+    if sinks_N is not None and sinks_N.shape != (q[2],):
+        faults.append(f"sinks must have one logit a query head, [{q[2]}], got {sinks_N.shape}; reshape them")
     needed = max_length if spec.window is None else min(max_length, spec.window + q[1] - 1)
     if k[2] < needed:
         faults.append(

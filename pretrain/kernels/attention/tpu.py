@@ -38,6 +38,7 @@ class _Static:
     slice_k: int
     interpret: object
     count: bool = False
+    num_keys: int | None = None  # where the last block reaches beyond the keys
 
 
 # Score tiles [slice_k, X] in float32 that are live at once beside what is buffered, by kernel and bytes of an element.
@@ -146,6 +147,22 @@ def tpu_attention(
     return o_BTNH, lse2.reshape(batch, heads, time) * LN2
 
 
+def decode_columns(group: int, num_queries: int) -> int:
+    """Columns of the one tile that holds all queries of a group: full lanes."""
+    return -(-group * num_queries // LANES) * LANES
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def without_gradient(remedy: str, inputs):
+    """The inputs themselves, refused as soon as anybody differentiates with respect to one of them."""
+    return inputs
+
+
+@without_gradient.defjvp
+def _(remedy, primals, tangents):
+    raise NotImplementedError(f"decode attention has no gradient, and one was asked for; {remedy}")
+
+
 def tpu_decode(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
@@ -161,21 +178,27 @@ def tpu_decode(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """The forward kernel for a few queries against a long cache: the queries of all heads of a group share one tile.
 
-    S is a multiple of block_k. Keys behind a row's own offset are never fetched. No gradient.
+    The last block may reach beyond S. Keys behind a row's own offset are never fetched.
+    Raises NotImplementedError when it is differentiated.
     """
+    q_BTNH, k_BSKH, v_BSKH, sinks_N = without_gradient(
+        "give one offset for the batch, or impl='xla'", (q_BTNH, k_BSKH, v_BSKH, sinks_N)
+    )
     batch, time, heads, width = q_BTNH.shape
     num_keys, kv_heads = k_BSKH.shape[1:3]
     group = heads // kv_heads
-    columns = -(-group * time // LANES) * LANES
+    columns, num_blocks = decode_columns(group, time), -(-num_keys // block_k)
     # Columns of padding repeat the last one, so that they widen no range.
     column = jnp.minimum(jnp.arange(columns), group * time - 1)
 
     def fold(x_BT):
         return jnp.tile(x_BT, (1, group))[:, column]
 
-    q_pos, k_lo = fold(query_positions_BT(q_offset, batch, time)), fold(plan.k_lo_BT)
-    bounds = bounds_of_queries(q_pos, k_lo, block_q=columns, block_k=block_k, num_keys=num_keys)
-    work = worklist.list_of(bounds, batch * (num_keys // block_k), side="q", block_q=columns, block_k=block_k)
+    # Queries of padding may stand behind the last key: they see what it sees, and nothing that is not there.
+    q_pos = fold(jnp.minimum(query_positions_BT(q_offset, batch, time), num_keys - 1))
+    k_lo = fold(plan.k_lo_BT)
+    bounds = bounds_of_queries(q_pos, k_lo, block_q=columns, block_k=block_k, num_keys=num_blocks * block_k)
+    work = worklist.list_of(bounds, batch * num_blocks, side="q", block_q=columns, block_k=block_k)
     q = q_BTNH.reshape(batch, time, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, 1, group * time, width)[:, :, :, column]
     k, v = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
@@ -183,7 +206,8 @@ def tpu_decode(
     if sinks_N is not None:
         sinks = jnp.repeat(sinks_N.astype(jnp.float32).reshape(kv_heads, group), time, axis=1)[:, column]
     scale = width**-0.5 if spec.scale is None else spec.scale
-    static = _Static(scale, spec.softcap, slice_k, interpret)
+    beyond = None if num_keys % block_k == 0 else num_keys
+    static = _Static(scale, spec.softcap, slice_k, interpret, num_keys=beyond)
     o, lse2 = _forward(static, q, k, v, sinks, (q_pos[:, None], k_lo[:, None]), (work,))[:2]
     o = o[:, :, 0, : group * time].reshape(batch, kv_heads, group, time, width)
     o_BTNH = o.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
@@ -397,6 +421,10 @@ def _forward_kernel(static: _Static, group: int, has_sinks: bool, *refs):
         m_ref[...] = m_new
         l_ref[...] = l_ref[...] * alpha + p.sum(axis=0, keepdims=True)
         v_CH = v_ref[keys, :]
+        if masked and static.num_keys is not None:
+            # Whatever lies there may be NaN, which a probability of zero does not make harmless.
+            k_pos = lax.broadcasted_iota(jnp.int32, v_CH.shape, 0) + (block * block_k + start)
+            v_CH = jnp.where(k_pos < static.num_keys, v_CH, 0)
         acc_ref[...] = acc_ref[...] * alpha + _dot(v_CH, p.astype(v_CH.dtype), (0, 0))
 
     _each_slice(static, block_k, flags, body)

@@ -363,14 +363,18 @@ def test_a_tile_of_a_cache_is_as_long_as_the_cache_lets_it_be():
     assert decoding.decoding
     blocks = api._tpu_config(decoding, "pallas_tpu", None)
     assert api._decode_tiles(blocks, 4096)[0] == blocks.block_k == 1024
-    assert api._decode_tiles(blocks, 1536) == (512, 256)
+    assert api._decode_tiles(blocks, 1536) == (768, 256)
+    # 33 times 128: a divisor would be 128 or 384.
+    assert api._decode_tiles(blocks, 4224) == (1024, 256)
+    assert api._decode_tiles(blocks, 4100) == (1024, 256)
+    assert choose(dataclasses.replace(decoding, num_keys=4100), "pallas_tpu").impl == "pallas_tpu"
     many = dataclasses.replace(decoding, batch=20_000)
     with pytest.raises(ConfigError, match="work list of 20000 rows takes 640000 bytes .*decode fewer rows"):
         choose(many, "pallas_tpu")
 
 
 def test_a_choice_is_logged_once(caplog):
-    api._announce.cache_clear()
+    api.announce.cache_clear()
     q = jnp.ones((1, 8, 2, 8))
     with caplog.at_level("INFO", logger=api.logger.name):
         for _ in range(3):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import ConfigError
+from pretrain.kernels.attention.api import announce, attention
 from pretrain.kernels.attention.decode import choose_decode, decode_attention, held_positions
 from pretrain.kernels.attention.plan import AttentionSpec
 from pretrain.kernels.attention.reference import definition
@@ -102,16 +103,68 @@ def test_blocks_before_the_window_are_not_read():
     np.testing.assert_array_equal(np.asarray(decode(q, k, v, starts, lengths, spec))[:2], clean[:2])
 
 
+@functools.cache
+def by_tpu(spec):
+    return jax.jit(
+        functools.partial(
+            decode_attention, spec=spec, max_length=1096, impl="tpu_interpret", block_keys=BLOCK
+        )
+    )
+
+
 @pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec(window=100, softcap=5.0)])
 def test_the_tpu_kernel_reads_the_same_cache(spec):
-    q, k, v, starts, lengths = random_case(
-        4, heads=4, kv_heads=2, queries=1, entries=520, lengths=[1, 130, 520]
-    )
-    found = [
-        decode_attention(q, k, v, starts, lengths, spec=spec, max_length=520, impl=impl)
-        for impl in ("tpu_interpret", "xla")
-    ]
-    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=2e-6)
+    """1096 keys are two tiles, the second of which reaches beyond them: what lies there is NaN."""
+    case = random_case(4, heads=4, kv_heads=2, queries=2, entries=1096, lengths=[2, 130, 1096])
+    sinks = np.array([0.3, -np.inf, 2.0, -1.0], np.float32) if spec.softcap is None else None
+    q, k, v, starts, lengths = case
+    starts[0] = 1095  # its second query stands behind the last key
+    want = decode_attention(*case, spec=spec, max_length=1096, impl="xla", sinks_N=sinks)
+    got = by_tpu(spec)(*case, sinks_N=sinks)
+    np.testing.assert_allclose(got[1:], want[1:], rtol=0, atol=2e-6)
+    assert np.isfinite(np.asarray(got)).all()
+
+
+def test_sinks_join_the_denominator():
+    case = random_case(5, heads=4, kv_heads=2, queries=3, entries=12, lengths=[3, 12, 7])
+    sinks = np.array([0.5, -1.0, -np.inf, 3.0], np.float32)
+    q, k, v, starts, lengths = case
+    got = decode_attention(*case, spec=AttentionSpec(), max_length=12, block_keys=BLOCK, sinks_N=sinks)
+    mask = np.arange(12) <= (starts[:, None] + np.arange(3))[:, :, None]
+    with jax.enable_x64(True):
+        want, _ = definition(
+            q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), jnp.asarray(mask), jnp.asarray(sinks),
+            AttentionSpec(), dtype=jnp.float64,
+        )  # fmt: skip
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("impl", ["xla", "tpu_interpret"])
+@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd])
+def test_a_gradient_is_refused_in_words(impl, differentiate):
+    q, k, v, starts, lengths = random_case(6, heads=2, kv_heads=2, queries=1, entries=520, lengths=[1, 2, 3])
+
+    @jax.jit
+    def total(q):
+        o = decode_attention(q, k, v, starts, lengths, spec=AttentionSpec(), max_length=520, impl=impl)
+        return o.sum()
+
+    with pytest.raises(
+        NotImplementedError, match="decode attention has no gradient.*attention\\(\\) has one"
+    ):
+        differentiate(total)(q)
+
+
+def test_the_kernel_for_a_cache_refuses_a_gradient_too():
+    q, k = np.ones((1, 1, 2, 8), np.float32), np.ones((1, 520, 2, 8), np.float32)
+
+    def total(k):
+        return attention(q, k, k, q_offset=np.array([3]), impl="tpu_interpret").sum()
+
+    with pytest.raises(
+        NotImplementedError, match="no gradient.*give one offset for the batch, or impl='xla'"
+    ):
+        jax.grad(total)(k)
 
 
 def test_dispatch_says_why_and_a_name_never_falls_back():
@@ -122,8 +175,35 @@ def test_dispatch_says_why_and_a_name_never_falls_back():
     choice = choose_decode(q, k, AttentionSpec(), 1024)
     assert choice.impl == "xla"
     assert "needs a TPU" in str(choice)
+    assert "needs a Hopper GPU" in str(choice)
     with pytest.raises(NotImplementedError, match="a ring of 1024 for texts of 2048"):
         choose_decode(q, k, AttentionSpec(window=512), 2048, "tpu_interpret")
+    with pytest.raises(
+        NotImplementedError, match="'pallas_hopper' cannot do this: needs a Hopper.*take impl='xla'"
+    ):
+        choose_decode(q, k, AttentionSpec(), 1024, "pallas_hopper")
+
+
+def test_on_hopper_the_kernel_of_training_says_that_it_serves_no_cache():
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=1, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=device)
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 1, 4, 64), (2, 2, 1024, 64)))
+    with jax.sharding.use_abstract_mesh(mesh):
+        choice = choose_decode(q, k, AttentionSpec(), 1024)
+    assert choice.impl == "xla"
+    assert any("are for decoding, which it does not serve" in why for why in choice.declined["pallas_hopper"])
+    assert "has no query offset" in choice.declined["cudnn"]
+
+
+def test_what_serves_a_cache_is_logged_once(caplog):
+    announce.cache_clear()
+    case = random_case(7, heads=4, kv_heads=2, queries=1, entries=12, lengths=[3, 5, 1])
+    with caplog.at_level("INFO", logger=announce.__module__):
+        for _ in range(3):
+            decode_attention(*case, spec=AttentionSpec(), max_length=12)
+    (record,) = caplog.records
+    assert record.message.startswith("decode attention by xla (not pallas_tpu: needs a TPU, got cpu")
+    assert "not pallas_hopper: " in record.message
 
 
 def test_wrong_shapes_are_refused_all_at_once():
@@ -137,3 +217,10 @@ def test_wrong_shapes_are_refused_all_at_once():
         decode_attention(q, k, v, rows, rows, spec=AttentionSpec(causal=False), max_length=9, impl="cuda")
     words = ("impl must be", "causal", "one shape", "multiple", "must hold 9 positions")
     assert [any(word in fault for fault in error.value.faults) for word in words] == [True] * 5
+    nothing = np.zeros((2, 0, 2, 8), np.float32)
+    with pytest.raises(ConfigError, match=r"none of them zero, got \(2, 0, 2, 8\)"):
+        decode_attention(nothing, v, v, rows, rows, spec=AttentionSpec(), max_length=5)
+    with pytest.raises(ConfigError, match=r"one logit a query head, \[2\], got \(3,\)"):
+        decode_attention(
+            q[:, :, :2], v, v, rows, rows, spec=AttentionSpec(), max_length=5, sinks_N=np.zeros(3)
+        )
