@@ -4,19 +4,24 @@
                       data/ ledger/ meta/           JSON: next step and data fingerprint; skips; config and versions
                       manifest.json                 every leaf with shape, dtype, 64-bit hash; every file with its size
 
-A step without manifest does not exist. A step that contradicts its manifest is renamed `<step>.bad`, never
-deleted, and the next older one is taken. Another config, other data or another model shape is not damage: it
-stops with a ConfigError and changes nothing. Leaf hashes are taken from the live state, so they also cover
-serialization. This is the only file that knows Orbax.
+A step without manifest does not exist. A step that contradicts its manifest, or that the disk cannot give back, is
+passed over: the next older one is taken, and then the damaged one is renamed `<step>.bad`, never deleted. What is the
+fault of this machine and not of the files (too many open files, no permission) is no damage, nor is another config,
+other data or another model shape: they stop with a ConfigError and change nothing. Processes agree on what they found
+before they go on. Leaf hashes are taken from the live state, so they also cover serialization. This is the only file
+that knows Orbax.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import re
 import shutil
@@ -34,12 +39,13 @@ from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
 from pretrain import config as config_lib
 from pretrain.config import ConfigError, local
-from pretrain.distributed import same_everywhere
+from pretrain.distributed import same_everywhere, texts_of_all
 from pretrain.health import Ledger, hash_leaves, hash_text, named_leaves
 from pretrain.rundir import file_sha256, storage_errors, write_atomic
 from pretrain.sharding import host_blocks
 
 State = TypeVar("State")
+Result = TypeVar("Result")
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -54,8 +60,33 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _STORAGE_KINDS = (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError)
 
 
+# What says nothing about a file: the machine could not read it, now or as this user.
+_MACHINE_FAULTS = {
+    errno.ENFILE: "this machine has too many open files; close some",  # before EMFILE, whose text it begins with
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.EACCES: "this user may not read it; change its permissions or be its owner",
+    errno.EPERM: "this user may not read it; change its permissions or be its owner",
+    errno.ENOMEM: "this machine has too little memory free",
+    errno.EAGAIN: "run the same command again",
+    errno.EINTR: "run the same command again",
+    errno.ESTALE: "the network file system has lost it; mount it anew, then run the same command again",
+    errno.ETIMEDOUT: "the storage does not answer; run the same command again when it does",
+    errno.EHOSTDOWN: "the storage does not answer; run the same command again when it does",
+    errno.EHOSTUNREACH: "the storage does not answer; run the same command again when it does",
+    errno.ENOTCONN: "the storage does not answer; run the same command again when it does",
+}
+# The first process has seen the file, so where another does not see it the folder is not the same.
+_UNSEEN = {
+    errno.ENOENT: "all processes must see the same run.workdir; mount it, then run the same command again"
+}
+
+
 class Damaged(Exception):
-    """A checkpoint contradicts its manifest."""
+    """A checkpoint contradicts its manifest, or the disk cannot give it back."""
+
+
+class Unreadable(ConfigError):
+    """This machine cannot read a checkpoint, which says nothing about the checkpoint."""
 
 
 class NoCheckpoint(RuntimeError):
@@ -213,32 +244,28 @@ class Checkpointer:
         """The newest checkpoint that keeps its promises: (state, completed steps, ledger); None if none exists.
 
         `abstract_state` gives shapes, dtypes and shardings (ShapeDtypeStruct or arrays): any mesh will do,
-        whichever wrote it. Damaged steps on the way are renamed `<step>.bad` and noted in the ledger.
+        whichever wrote it. Damaged steps on the way are renamed `<step>.bad` once an older one is restored, and
+        noted in the ledger.
 
         Raises:
-          ConfigError: the newest readable checkpoint belongs to another config, other data or another model.
-          AllCheckpointsBad: checkpoints exist and every one is damaged.
+          ConfigError: the newest readable checkpoint belongs to another config, other data or another model, or
+            this machine cannot read it (Unreadable).
+          AllCheckpointsBad: checkpoints exist and every one is damaged; none is renamed.
         """
         self.wait()
         if self._writer:
             self._remove_temporaries()
         bad: list[tuple[int, str]] = []
         for step in reversed(same_everywhere(self.steps())):
-            reason = self._damage(step)
-            restored: tuple[State, dict[str, Any]] | None = None
-            if not _anywhere(reason is not None):
-                try:
-                    restored = self._restore(self._path(step), abstract_state)
-                except Damaged as error:
-                    reason = str(error)
-            if _anywhere(restored is None):
-                bad.append((step, reason or "another process cannot read it"))
-                self._quarantine(*bad[-1])
+            try:
+                state, items = self._restore(self._path(step), abstract_state)
+            except Damaged as error:
+                bad.append((step, str(error)))
                 continue
-            assert restored is not None
-            state, items = restored
             ledger = Ledger(items["ledger"]["entries"])
+            # Only now that an older one has proved that checkpoints can be read here.
             for bad_step, why in reversed(bad):
+                self._quarantine(bad_step, why)
                 ledger.add(event="quarantine", step=bad_step, reason=why, restored_step=step)
             if bad:
                 self._log(f"checkpoint: step {step} restored; newer ones are damaged: {_list(bad)}")
@@ -251,27 +278,16 @@ class Checkpointer:
             )
         return None
 
-    def _damage(self, step: int) -> str | None:
-        """What the files say against a step. Only the first process reads them all; the leaf hashes are
-        compared everywhere."""
-        if self._writer:
-            try:
-                _check_files(self._path(step), read_manifest(self._path(step)))
-            except Damaged as error:
-                return str(error)
-        return None
-
     def restore_trunk(
         self, path: Path, abstract_state: State, *, may_differ: Sequence[str]
     ) -> tuple[State, Ledger, dict[str, Any]]:
         """State, ledger and identity of one saved step of another run, which may differ in these fields only.
 
         Raises:
-          ConfigError: it differs in more, or reads other data.
+          ConfigError: it differs in more, reads other data, or cannot be read here.
           AllCheckpointsBad: the step is damaged or not there.
         """
         try:
-            _check_files(path, read_manifest(path))
             state, items = self._restore(path, abstract_state, may_differ)
         except Damaged as error:
             raise AllCheckpointsBad(
@@ -282,11 +298,19 @@ class Checkpointer:
     def _restore(
         self, path: Path, abstract_state: State, may_differ: Sequence[str] = ()
     ) -> tuple[State, dict[str, Any]]:
-        manifest = read_manifest(path)
-        items = {name: _read_json_item(path, name) for name in _JSON_ITEMS}
-        self._check_identity(items, may_differ)
+        """State and JSON items of one step; all processes get them, or all raise the same."""
         groups = jax.tree.map(_abstract, _groups(abstract_state))
-        _check_leaves(path, manifest, groups)
+
+        def inspect() -> tuple[dict[str, Any], dict[str, Any]]:
+            manifest = read_manifest(path)
+            if self._writer:  # one process reads it all; the leaf hashes below are compared everywhere
+                _check_files(path, manifest)
+            items = {name: _read_json_item(path, name) for name in _JSON_ITEMS}
+            self._check_identity(items, may_differ)
+            _check_leaves(path, manifest, groups)
+            return manifest, items
+
+        manifest, items = _agreed(inspect)
         loaded = _load(path, manifest, groups)
         values = {f"{item}.{name}": leaf for item, group in loaded.items() for name, leaf in group.items()}
         fields = {
@@ -399,8 +423,17 @@ class Checkpointer:
 
 
 def saved_steps(folder: str | Path) -> list[int]:
-    """The steps in a checkpoint folder that have a manifest, oldest first; not verified."""
-    return [step for step in _step_folders(Path(folder)) if (Path(folder) / str(step) / MANIFEST).is_file()]
+    """The steps in a checkpoint folder that have a manifest, oldest first; not verified.
+
+    Raises:
+      Unreadable: the folder cannot be listed.
+    """
+    folder = Path(folder)
+    try:
+        return [step for step in _step_folders(folder) if (folder / str(step) / MANIFEST).is_file()]
+    except OSError as error:
+        remedy = machine_fault(error) or "see to the storage"
+        raise Unreadable(f"a checkpoint folder must be readable, got {error}; {remedy}") from error
 
 
 def restore_params(folder: str | Path, abstract_params: Any = None, *, step: int | None = None) -> Any:
@@ -412,7 +445,7 @@ def restore_params(folder: str | Path, abstract_params: Any = None, *, step: int
     Raises:
       NoCheckpoint: there is none.
       AllCheckpointsBad: there are, but all are damaged.
-      ConfigError: the parameters have other shapes than `abstract_params`.
+      ConfigError: the parameters have other shapes than `abstract_params`, or this machine cannot read them.
     """
     logging.getLogger("absl").addFilter(_not_orbax)
     folder = Path(folder).absolute()
@@ -426,11 +459,7 @@ def restore_params(folder: str | Path, abstract_params: Any = None, *, step: int
     bad = []
     for path in paths:
         try:
-            manifest = read_manifest(path)
-            _check_files(path, manifest)
-            wanted_leaves = _stored_leaves(manifest, "params") if abstract_params is None else abstract_params
-            groups = {"params": jax.tree.map(_abstract, named_leaves(wanted_leaves))}
-            _check_leaves(path, manifest, groups)
+            manifest, groups = _agreed(functools.partial(_inspect_params, path, abstract_params))
             loaded = _load(path, manifest, groups)["params"]
         except Damaged as error:
             bad.append((int(path.name) if path.name.isdigit() else path.name, str(error)))
@@ -441,6 +470,16 @@ def restore_params(folder: str | Path, abstract_params: Any = None, *, step: int
     raise AllCheckpointsBad(
         f"a readable checkpoint is needed, and all in {folder} are damaged ({_list(bad)})"
     )
+
+
+def _inspect_params(path: Path, abstract_params: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The manifest of a step whose files are whole, and the parameters to load."""
+    manifest = read_manifest(path)
+    _check_files(path, manifest)
+    wanted = _stored_leaves(manifest, "params") if abstract_params is None else abstract_params
+    groups = {"params": jax.tree.map(_abstract, named_leaves(wanted))}
+    _check_leaves(path, manifest, groups)
+    return manifest, groups
 
 
 def read_item(folder: str | Path, item: str) -> Any:
@@ -495,12 +534,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
       Damaged: absent, not the text that was written, or of another format.
     """
-    try:
+    with _reading(path / MANIFEST, MANIFEST):
         text = (path / MANIFEST).read_text()
         manifest = json.loads(text)
         intact = isinstance(manifest, dict) and _manifest_text(manifest.get("body")) == text
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{MANIFEST}: {error}") from error
     if not intact:
         raise Damaged(f"{MANIFEST} does not match its own hash")
     if manifest["body"]["format"] != _FORMAT:
@@ -553,13 +590,14 @@ def _check_files(path: Path, manifest: Mapping[str, Any], only: str = "") -> Non
         if not name.startswith(only):
             continue
         file = path / name
-        if not file.is_file():
-            raise Damaged(f"{name} is missing")
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            raise Damaged(f"{name} has {size} bytes, the manifest says {entry['bytes']}")
-        if "sha256" in entry and file_sha256(file) != entry["sha256"]:
-            raise Damaged(f"{name} does not match its hash")
+        with _reading(file, name):
+            if not file.is_file():
+                raise Damaged(f"{name} is missing")
+            size = file.stat().st_size
+            if size != entry["bytes"]:
+                raise Damaged(f"{name} has {size} bytes, the manifest says {entry['bytes']}")
+            if "sha256" in entry and file_sha256(file) != entry["sha256"]:
+                raise Damaged(f"{name} does not match its hash")
 
 
 def _list_files(path: Path) -> dict[str, dict[str, Any]]:
@@ -595,7 +633,19 @@ def _check_leaves(path: Path, manifest: Mapping[str, Any], groups: Mapping[str, 
 def _load(
     path: Path, manifest: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict]:
-    """Read array items into the wanted shardings and compare the hash of every leaf."""
+    """Read array items into the wanted shardings and compare the hash of every leaf; all processes together."""
+    # Each process reads its own part, and nobody waits for another before all have said how it went.
+    loaded = _agreed(functools.partial(_read_arrays, path, groups))
+    hashes = jax.device_get(hash_leaves(loaded))
+    expected = {entry["leaf"]: entry["hash"] for entry in manifest["leaves"]}
+    for name, pair in zip(named_leaves(loaded), hashes, strict=True):
+        if hash_text(pair) != expected[name]:
+            raise Damaged(f"{name} has hash {hash_text(pair)}, the manifest says {expected[name]}")
+    return loaded
+
+
+def _read_arrays(path: Path, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict]:
+    """This process's part of array items. Orbax's Checkpointer would end in a barrier, its handler does not."""
     arguments = {}
     for item, leaves in groups.items():
         restore_args = {
@@ -603,23 +653,71 @@ def _load(
             for name, leaf in leaves.items()
         }
         arguments[item] = ocp.args.PyTreeRestore(dict(leaves), restore_args=restore_args)
-    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    reader = ocp.CompositeCheckpointHandler()
     try:
-        loaded = reader.restore(path, args=ocp.args.Composite(**arguments))
-        loaded = {item: dict(loaded[item]) for item in groups}
-        hashes = jax.device_get(hash_leaves(loaded))
+        with _reading(path, "cannot be read"):
+            loaded = reader.restore(path, ocp.args.Composite(**arguments))
+            return jax.block_until_ready({item: dict(loaded[item]) for item in groups})
+    finally:
+        reader.close()
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Tell apart what reading `path` runs into: Unreadable for the machine's fault, Damaged for the file's."""
+    try:
+        yield
+    except (Damaged, ConfigError):
+        raise
     except _STORAGE_KINDS as error:
         if "RESOURCE_EXHAUSTED" in str(error):  # no room for it here, which says nothing about the files
             raise
-        line = " ".join(str(error).split())
-        raise Damaged(f"cannot be read: {type(error).__name__}: {line[:300]}") from error
-    finally:
-        reader.close()
-    expected = {entry["leaf"]: entry["hash"] for entry in manifest["leaves"]}
-    for name, pair in zip(named_leaves(loaded), hashes, strict=True):
-        if hash_text(pair) != expected[name]:
-            raise Damaged(f"{name} has hash {hash_text(pair)}, the manifest says {expected[name]}")
-    return loaded
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        remedy = machine_fault(error)
+        if remedy is not None:
+            raise Unreadable(
+                f"a checkpoint must be readable by all processes, and process {jax.process_index()} cannot read {path} "
+                f"({line}); {remedy}; nothing was changed"
+            ) from error
+        raise Damaged(f"{what}: {line}") from error
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """What to do about an error that is no file's fault, None for any other.
+
+    Libraries wrap what the kernel said: the chain of causes is searched, and the text of each link.
+    """
+    faults = _MACHINE_FAULTS if jax.process_index() == 0 else _MACHINE_FAULTS | _UNSEEN
+    link: BaseException | None = error
+    while link is not None:
+        for number, remedy in faults.items():
+            if getattr(link, "errno", None) == number or os.strerror(number) in str(link):
+                return remedy
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def _agreed(work: Callable[[], Result]) -> Result:
+    """`work()`, or in all processes the same kind of exception as soon as it fails in one.
+
+    `work` must not wait for other processes. A machine that cannot read comes before a damaged file, and that
+    before another config, which only a whole file can tell.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except (Damaged, ConfigError) as error:
+        failure = error
+    said = texts_of_all("" if failure is None else f"{type(failure).__name__} {failure}")
+    for kind in (Unreadable, Damaged, ConfigError):
+        if type(failure) is kind:
+            raise failure
+        for process, text in enumerate(said):
+            name, _, line = text.partition(" ")
+            if name == kind.__name__:
+                raise kind(f"process {process}: {line}" if kind is Damaged else line)
+    assert failure is None, failure
+    return result  # type: ignore[return-value]
 
 
 def _fill(abstract: Any, values: Mapping[str, Any], prefix: str) -> Any:
@@ -648,10 +746,8 @@ def _nest(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_json_item(path: Path, item: str) -> Any:
-    try:
+    with _reading(path / item, item):
         return json.loads((path / item / "metadata").read_text())
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{item}: {error}") from error
 
 
 def _manifest_text(body: Any) -> str:
@@ -682,13 +778,6 @@ def _version(package: str) -> str:
 
 def _list(bad: list) -> str:
     return "; ".join(f"step {step}: {reason}" for step, reason in bad)
-
-
-def _anywhere(flag: bool) -> bool:
-    """Any process says so."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

@@ -1,7 +1,7 @@
 """Check checkpoints without any model code: `python -m tools.verify_checkpoint FOLDER ...`, nothing is changed.
 
-FOLDER is a run folder, its `checkpoints/`, or one step. Exit code 0: all steps keep their promises, 3: there is
-no checkpoint, 4: one is damaged.
+FOLDER is a run folder, its `checkpoints/`, or one step. Exit code 0: all steps keep their promises, 2: this machine
+cannot read one, so nothing is said about it, 3: there is no checkpoint, 4: one is damaged.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain.checkpoint import MANIFEST, Damaged, saved_steps, verify
+from pretrain.checkpoint import MANIFEST, Damaged, Unreadable, saved_steps, verify
 
 
 def main(argv: list[str]) -> int:
@@ -18,7 +18,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folder", type=Path, nargs="+", help="a run folder, a checkpoint folder or one step")
     code = 0
     for folder in parser.parse_args(argv).folder:
-        steps = step_folders(folder)
+        try:
+            steps = step_folders(folder)
+        except Unreadable as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = max(code, 2)
+            continue
         if not steps:
             print(
                 f"error: a checkpoint has a {MANIFEST}, and none lies in {folder}; name another folder",
@@ -33,6 +38,9 @@ def main(argv: list[str]) -> int:
             except Damaged as error:
                 print(f"step {path.name}: damaged: {error}")
                 code = 4
+            except Unreadable as error:
+                print(f"step {path.name}: not read: {error}")
+                code = max(code, 2)
     return code
 
 

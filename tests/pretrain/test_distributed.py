@@ -394,6 +394,81 @@ def test_two_processes_hash_the_parameters_as_one(tmp_path):
     assert codes == [0, 0], "\n".join(logs)
 
 
+# Three steps are saved; the newest one is not to be read by the second process, in a way of its own.
+UNREADABLE = """
+import errno, os, pathlib, sys
+sys.path.insert(0, "tests/pretrain")
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from pretrain import checkpoint, distributed
+from pretrain.sharding import MeshConfig, make_mesh
+from test_checkpoint import make_state, open_folder
+
+port, process, folder, way = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+config = distributed.DistributedConfig(
+    cluster="explicit", coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=process
+)
+
+def refuse(function, kind, number):
+    def refuses(*arguments):
+        if any("/2" in str(a) for a in arguments):
+            raise kind(*([number] if kind is OSError else []), f"cannot: {os.strerror(number)}")
+        return function(*arguments)
+    return refuses
+
+with distributed.joined(config):
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+
+    def laid(seed):
+        def one(x):
+            spec = P(None, "fsdp", "tensor") if x.ndim == 3 else P()
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+        return jax.tree.map(one, make_state(seed))
+
+    writer = open_folder(folder)
+    for step in (1, 2):
+        writer.save(laid(step), step)
+    writer.wait()
+    distributed.wait_for_all("saved")
+    if process == 1:
+        if way == "arrays":
+            handler = checkpoint.ocp.CompositeCheckpointHandler
+            handler.restore = refuse(handler.restore, ValueError, errno.EIO)
+        else:
+            number = errno.EIO if way == "json" else errno.EMFILE
+            pathlib.Path.read_text = refuse(pathlib.Path.read_text, OSError, number)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), laid(0))
+    try:
+        state, step, ledger = writer.restore_latest(shapes)
+        for entry in ledger.entries:
+            print("quarantined", entry["step"], entry["reason"])
+        print("restored", step)
+    except checkpoint.Unreadable as error:
+        print("stopped:", error)
+    distributed.wait_for_all("compared")
+    print("left:", *sorted(os.listdir(folder)))
+    writer.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["json", "arrays", "machine"])
+def test_a_step_that_one_process_cannot_read_is_judged_alike_by_all(way, tmp_path):
+    codes, logs = two_processes(tmp_path, UNREADABLE, tmp_path / "steps", way, devices_each=2)
+    assert codes == [0, 0], "\n".join(logs)
+    for log in logs:
+        if way == "machine":
+            assert "process 1 cannot read" in log
+            assert "Too many open files" in log
+            assert "left: 1 2\n" in log
+        else:
+            assert "restored 1" in log
+            assert "quarantined 2" in log
+            assert "Input/output error" in log
+            assert "left: 1 2.bad\n" in log
+
+
 # The first process stays over its summary for longer than a lost process is waited for.
 LATE = """
 import sys, time
