@@ -524,7 +524,7 @@ def params_sha256(params: Any, *, block_bytes: int = 256 << 20) -> str:
         digest.update(f"{name}\0{leaf.dtype.name}\0{leaf.shape}\0".encode())
         for block in host_blocks(leaf, block_bytes) if isinstance(leaf, jax.Array) else (leaf,):
             block = np.ascontiguousarray(block.astype(block.dtype.newbyteorder("<"), copy=False))
-            digest.update(block.reshape(-1).view(np.uint8))
+            digest.update(block.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -656,7 +656,8 @@ def _read_arrays(path: Path, groups: Mapping[str, Mapping[str, Any]]) -> dict[st
     reader = ocp.CompositeCheckpointHandler()
     try:
         with _reading(path, "cannot be read"):
-            loaded = reader.restore(path, ocp.args.Composite(**arguments))
+            # pathlib's paths have what the handler uses of the paths that it names.
+            loaded = reader.restore(path, ocp.args.Composite(**arguments))  # pyright: ignore[reportArgumentType]
             return jax.block_until_ready({item: dict(loaded[item]) for item in groups})
     finally:
         reader.close()
