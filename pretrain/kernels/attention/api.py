@@ -6,6 +6,7 @@ B rows, T query time, S key time, N query heads, K key-value heads, G = N/K, H h
 import dataclasses
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,23 @@ IMPLEMENTATIONS = ("pallas_tpu", "tpu_interpret", "pallas_hopper", "cudnn", "xla
 
 KERNEL_WIDTHS = (64, 128, 256)
 GPUS = ("cuda", "gpu")
-# Parts of what CUDA calls the chips of compute capability 9.0.
-HOPPER_CHIPS = ("H100", "H200", "GH200")
-# Parts of what CUDA calls the chips of compute capability 8.0 and up, whose fused attention cuDNN has.
-CUDNN_CHIPS = (*HOPPER_CHIPS, "A100", "A10", "A30", "A40", "L4", "L40", "B100", "B200")
+HOPPER = (9, 0)
+# cuDNN's fused attention begins here.
+AMPERE = (8, 0)
+# The compute capability of chips whose devices do not tell it, as those that programs are compiled for without having
+# one: by a word of the chip's name (NVIDIA's table at developer.nvidia.com/cuda-gpus).
+CAPABILITY_OF_NAME = {
+    **dict.fromkeys(("V100",), (7, 0)),
+    **dict.fromkeys(("T4",), (7, 5)),
+    **dict.fromkeys(("A100", "A800", "A30"), (8, 0)),
+    **dict.fromkeys(("A10", "A10G", "A16", "A40", "A5000", "A6000", "3090"), (8, 6)),
+    **dict.fromkeys(("L4", "L20", "L40", "L40S", "4090"), (8, 9)),
+    **dict.fromkeys(("H100", "H200", "H800", "H20", "GH200"), HOPPER),
+    **dict.fromkeys(("B100", "B200", "GB200"), (10, 0)),
+    **dict.fromkeys(("B300", "GB300"), (10, 3)),
+    **dict.fromkeys(("5090",), (12, 0)),
+}
+HOPPER_NAMES = ", ".join(name for name, capability in CAPABILITY_OF_NAME.items() if capability == HOPPER)
 # Up to this many query rows of one key-value head are one tile against a cache.
 DECODE_ROWS = 512
 
@@ -48,6 +62,7 @@ class Problem:
     """What dispatch looks at: all static.
 
     offset: "none" (T = S), "static", "traced", or "rows" (one a batch row, as in decoding).
+    compute_capability: of a CUDA device that tells it; None for others, whose names are asked.
     """
 
     platform: str
@@ -64,6 +79,22 @@ class Problem:
     sinks: bool = False
     offset: str = "none"
     return_lse: bool = False
+    compute_capability: tuple[int, int] | None = None
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The compute capability of a CUDA GPU; None for everything else, and for names never heard of."""
+        if self.platform not in GPUS:
+            return None
+        words = re.findall(r"[A-Za-z0-9]+", self.device_kind)
+        named = [CAPABILITY_OF_NAME[word] for word in words if word in CAPABILITY_OF_NAME]
+        return self.compute_capability or (named[0] if named else None)
+
+    @property
+    def target(self) -> str:
+        """What is traced for, in words."""
+        told = "" if self.capability is None else " of compute capability {}.{}".format(*self.capability)
+        return f"{self.platform} {self.device_kind}{told}"
 
     @property
     def group(self) -> int:
@@ -139,10 +170,8 @@ def reasons_against(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | No
             reasons += compat.mosaic_gpu_reasons()
             if not p.spec.causal:
                 reasons.append("its blocks follow the diagonal, got causal=False")
-            if p.platform not in GPUS or not any(chip in p.device_kind for chip in HOPPER_CHIPS):
-                reasons.append(
-                    f"needs a Hopper GPU ({', '.join(HOPPER_CHIPS)}), got {p.platform} {p.device_kind}"
-                )
+            if p.capability != HOPPER:
+                reasons.append(f"needs a Hopper GPU (compute capability 9.0: {HOPPER_NAMES}), got {p.target}")
             if p.dtype != "bfloat16":
                 reasons.append(f"needs bfloat16, got {p.dtype}")
             if p.width not in KERNEL_WIDTHS:
@@ -150,14 +179,11 @@ def reasons_against(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | No
             if not reasons:
                 reasons += _hopper_reasons(p, _hopper_config(p, config))
         case "cudnn":
-            if p.platform not in GPUS or not any(chip in p.device_kind for chip in CUDNN_CHIPS):
-                reasons.append(
-                    f"needs a CUDA GPU of compute capability 8.0 or more ({', '.join(CUDNN_CHIPS)}), got "
-                    f"{p.platform} {p.device_kind}"
-                )
+            if p.capability is None or p.capability < AMPERE:
+                reasons.append(f"needs a CUDA GPU of compute capability 8.0 or more, got {p.target}")
             if p.dtype not in ("bfloat16", "float16"):
                 reasons.append(f"needs bfloat16 or float16, got {p.dtype}")
-            limit = 256 if any(chip in p.device_kind for chip in HOPPER_CHIPS) else 128
+            limit = 256 if p.capability is not None and p.capability >= HOPPER else 128
             if p.width % 8 or p.width > limit:
                 reasons.append(f"needs head width a multiple of 8 up to {limit}, got {p.width}")
             for present, what in (
@@ -324,6 +350,18 @@ def target() -> tuple[str, str]:
     return jax.default_backend(), jax.devices()[0].device_kind
 
 
+def _told_capability() -> tuple[int, int] | None:
+    """The compute capability that the device traced for tells; AMD's tell names, and absent devices nothing."""
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return None
+    return _capability_of(jax.devices()[0])
+
+
+def _capability_of(device: object) -> tuple[int, int] | None:
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
@@ -472,6 +510,7 @@ def problem_of(
         sinks=sinks,
         offset=offset,
         return_lse=return_lse,
+        compute_capability=_told_capability(),
     )
 
 

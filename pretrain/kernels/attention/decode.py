@@ -8,6 +8,8 @@ p = j modulo the length of the cache.
 B rows, T query time, S entries of the cache, N query heads, K key-value heads, G = N/K, H head width.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,11 +20,10 @@ from pretrain.kernels.attention.api import (
     AUTO_ORDER,
     Choice,
     Declined,
-    Problem,
     announce,
     attention,
+    problem_of,
     reasons_against,
-    target,
 )
 from pretrain.kernels.attention.math import MASKED
 from pretrain.kernels.attention.plan import AttentionSpec
@@ -95,21 +96,9 @@ def choose_decode(
 
     Raises Declined (a NotImplementedError) with every reason when `impl` cannot do it.
     """
-    platform, device_kind = target()
-    problem = Problem(
-        platform=platform,
-        device_kind=device_kind,
-        dtype=jnp.dtype(q_BTNH.dtype).name,
-        batch=q_BTNH.shape[0],
-        num_queries=q_BTNH.shape[1],
-        num_keys=k_BKSH.shape[2],
-        heads=q_BTNH.shape[2],
-        kv_heads=k_BKSH.shape[1],
-        width=q_BTNH.shape[3],
-        spec=spec,
-        sinks=sinks,
-        offset="rows",
-    )
+    B, K, S, H = k_BKSH.shape
+    k = jax.ShapeDtypeStruct((B, S, K, H), k_BKSH.dtype)
+    problem = dataclasses.replace(problem_of(q_BTNH, k, spec, packed=False, sinks=sinks), offset="rows")
     declined: dict[str, list[str]] = {}
     for name in AUTO_ORDER if impl == "auto" else (impl,):
         if name == "xla":

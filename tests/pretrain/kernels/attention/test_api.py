@@ -1,6 +1,7 @@
 """Dispatch says what it took and why not the others; bad input is refused before anything is traced."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,62 @@ def test_auto_takes(problem, taken):
     # Whatever stands before the one taken was asked and has its reasons.
     assert list(choice.declined) == list(api.AUTO_ORDER[: api.AUTO_ORDER.index(taken)])
     assert all(reasons for reasons in choice.declined.values())
+
+
+KINDS = {
+    "NVIDIA H100 80GB HBM3": (9, 0),
+    "NVIDIA H800": (9, 0),
+    "NVIDIA H20": (9, 0),
+    "NVIDIA GH200 480GB": (9, 0),
+    "NVIDIA A800-SXM4-80GB": (8, 0),
+    "NVIDIA RTX A6000": (8, 6),
+    "NVIDIA A10G": (8, 6),
+    "NVIDIA L40S": (8, 9),
+    "NVIDIA GeForce RTX 4090": (8, 9),
+    "NVIDIA B200": (10, 0),
+    "NVIDIA B300 SXM6 AC": (10, 3),
+    "Tesla T4": (7, 5),
+    "AMD Instinct MI300X": None,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chips_are_known_by_their_names_where_they_tell_nothing(kind):
+    problem = dataclasses.replace(ON_H100, device_kind=kind)
+    capability = KINDS[kind]
+    assert problem.capability == capability
+    assert dataclasses.replace(problem, platform="cpu").capability is None
+    assert (choose(problem).impl == "pallas_hopper") == (capability == (9, 0))
+    plain = choose(dataclasses.replace(problem, packed=False))
+    by_cudnn = capability is not None and (8, 0) <= capability != (9, 0)
+    assert (plain.impl == "cudnn") == by_cudnn
+
+
+@pytest.mark.parametrize(
+    ("capability", "taken"), [((9, 0), "pallas_hopper"), ((12, 1), "cudnn"), ((7, 5), "xla")]
+)
+def test_what_a_device_tells_counts_more_than_its_name(capability, taken):
+    problem = dataclasses.replace(ON_H100, device_kind="NVIDIA H999", packed=False)
+    assert choose(problem).impl == "xla"
+    told = dataclasses.replace(problem, compute_capability=capability)
+    assert choose(told).impl == taken
+    wide = dataclasses.replace(told, width=256, dtype="float16")
+    assert choose(wide).impl == ("xla" if capability < (8, 0) else "cudnn")
+    if taken != "pallas_hopper":
+        text = "needs a Hopper GPU (compute capability 9.0: H100, H200, H800, H20, GH200), got cuda NVIDIA H999 of "
+        assert text + "compute capability {}.{}".format(*capability) in choose(told).declined["pallas_hopper"]
+
+
+@pytest.mark.parametrize(
+    ("told", "meant"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None), (None, None)]
+)
+def test_a_compute_capability_is_read_off_the_device(told, meant, monkeypatch):
+    device = types.SimpleNamespace(device_kind="chip", platform="gpu", compute_capability=told)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert (
+        api.problem_of(array(1, 8, 1, 64), array(1, 8, 1, 64), CAUSAL, packed=False).compute_capability
+        == meant
+    )
 
 
 def test_the_choice_names_every_reason():
