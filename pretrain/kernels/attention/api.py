@@ -53,6 +53,11 @@ CAPABILITY_OF_NAME = {
     **dict.fromkeys(("5090",), (12, 0)),
 }
 HOPPER_NAMES = ", ".join(name for name, capability in CAPABILITY_OF_NAME.items() if capability == HOPPER)
+# Segment ids exist only in functions that jax does not export; refused, so that documents never see one another.
+PACKED_BY_CUDNN = (
+    "packed rows: jax.nn.dot_product_attention takes no segment ids, only a mask of queries by keys, whose memory and "
+    "time are those of the whole square; rows of one document without segment ids it serves"
+)
 # Up to this many query rows of one key-value head are one tile against a cache.
 DECODE_ROWS = 512
 
@@ -187,7 +192,7 @@ def reasons_against(impl: str, p: Problem, config: TpuBlocks | HopperBlocks | No
             if p.width % 8 or p.width > limit:
                 reasons.append(f"needs head width a multiple of 8 up to {limit}, got {p.width}")
             for present, what in (
-                (p.packed, "packed rows"),
+                (p.packed, PACKED_BY_CUDNN),
                 (p.spec.softcap is not None, "soft cap"),
                 (p.sinks, "sinks"),
                 (p.offset != "none", "query offset"),

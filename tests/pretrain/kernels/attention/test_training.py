@@ -85,6 +85,7 @@ def absent(impl, **axes):
     platform, kind = {
         "pallas_hopper": ("cuda", "NVIDIA H100 80GB HBM3"),
         "pallas_tpu": ("tpu", "TPU v5"),
+        "cudnn": ("cuda", "NVIDIA H100 80GB HBM3"),
         "tpu_interpret": ("cpu", "cpu"),
     }[impl]
     names = ("replica", "fsdp", "context", "tensor", "expert")
@@ -112,6 +113,20 @@ def test_one_plan_serves_all_layers(impl):
     assert "dot_general" in in_layers
     # Ranges of blocks are minima and maxima over blocks, lists of them are running sums.
     assert not {"cumsum", "cummax", "cummin", "reduce_min", "argsort", "sort"} & in_layers
+
+
+def test_packed_rows_by_cudnn_are_refused_and_no_document_sees_another():
+    """The trainer always gives segment ids; a name that cannot serve them stops before the first step."""
+    model = model_of("cudnn", head_width=64, dtype="bfloat16")
+    ids, params = jax.ShapeDtypeStruct((2, 256), np.int32), abstract_params(model, VOCAB)
+    with absent("cudnn"), pytest.raises(ValueError, match="'cudnn' cannot do this: has no packed rows: "):
+        jax.eval_shape(
+            functools.partial(forward, config=model),
+            params,
+            tokens_BT=ids,
+            positions_BT=ids,
+            segment_ids_BT=ids,
+        )
 
 
 @pytest.mark.parametrize(
