@@ -1,4 +1,4 @@
-"""Measures block sizes of our attention kernels on this chip and rewrites the literal table.
+"""Measures block sizes of our attention kernels on this chip and rewrites its rows of the literal table, no other chip's.
 
     python -m tools.tune_attention                        an H100 or a TPU: sweep, print, rewrite configs.py
     python -m tools.tune_attention size=smoke table=COPY  the harness on a CPU, into a copy of configs.py
@@ -159,12 +159,32 @@ def literal(blocks: Blocks) -> str:
             f"({b.block_q_dkv}, {b.block_k_dkv}), {b.slice_k})")  # fmt: skip
 
 
-def rewritten(text: str, key: str, rows: dict[bool, Blocks]) -> str:
-    """The source of configs.py with the row of `key`, such as `128` or `("v5e", 128)`, replaced.
+def chip_of(impl: str, device_kind: str) -> str:
+    """The chip that the tables know this device as.
+
+    Raises:
+      ConfigError: it has no rows.
+    """
+    if impl == "tpu_interpret":  # no chip: into a copy, as the nearest row
+        return "v5e"
+    if impl == "pallas_hopper":
+        chip, table = configs.hopper_chip(device_kind), "HOPPER_TABLE"
+        known = ", ".join(sorted({name for name, _ in configs.HOPPER_TABLE}))
+    else:
+        chip, table = configs.TPU_CHIPS.get(device_kind), "TPU_CHIPS and its rows to TPU_TABLE"
+        known = ", ".join(configs.TPU_CHIPS)
+    if chip is None:
+        raise ConfigError(f"the chip must be one of {known}, got {device_kind}; add it to {table}")
+    return chip
+
+
+def rewritten(text: str, chip: str, width: int, rows: dict[bool, Blocks]) -> str:
+    """The source of configs.py with the row of a chip and head width replaced.
 
     Raises:
       ConfigError: there is no such row.
     """
+    key = f'("{chip}", {width})'
     row = f"    {key}: {{False: {literal(rows[False])}, True: {literal(rows[True])}}},"
     out, count = re.subn(
         rf"^    {re.escape(key)}: \{{False: .*\}},$", lambda _: row, text, flags=re.MULTILINE
@@ -181,16 +201,11 @@ def main(argv: Sequence[str], log: Callable[[str], None] = print) -> int:
         device, path = jax.devices()[0], Path(options.table)
         size = bench.SIZES[options.size]
         impl = next(name for name in size.implementations if name in bench.OURS)
-        if impl == "pallas_tpu" and device.device_kind not in configs.TPU_CHIPS:
-            raise ConfigError(
-                f"the chip must be one of {', '.join(configs.TPU_CHIPS)}, got {device.device_kind}; add it to "
-                "TPU_CHIPS and its rows to TPU_TABLE"
-            )
         if impl == "tpu_interpret" and path.resolve() == TABLE.resolve():
             raise ConfigError(
                 f"table must be a copy where kernels are interpreted, got {path}; copy configs.py and name the copy"
             )
-        chip = configs.TPU_CHIPS.get(device.device_kind, "v5e")
+        chip = chip_of(impl, device.device_kind)
         for width in size.widths:
             rows = {}
             for packing in bench.PACKINGS:
@@ -200,10 +215,8 @@ def main(argv: Sequence[str], log: Callable[[str], None] = print) -> int:
                         f"{impl} must run here at head width {width}, and no candidate does; see above"
                     )
                 rows[packing == "packed"] = blocks
-            table_width = max(64, width)
-            key = f"{table_width}" if impl == "pallas_hopper" else f'("{chip}", {table_width})'
-            write_atomic(path, rewritten(path.read_text(), key, rows))
-            log(f"{path}: {key}: {rows}")
+            write_atomic(path, rewritten(path.read_text(), chip, max(64, width), rows))
+            log(f"{path}: {chip}, head width {width}: {rows}")
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)

@@ -72,36 +72,45 @@ def test_interpreted_tiles_never_reach_the_table_of_the_project(capsys):
     assert tune.TABLE.read_bytes() == before
 
 
-@pytest.mark.parametrize("key", ["128", '("v5e", 128)'])
-def test_a_row_of_the_table_is_rewritten_and_nothing_else(key):
+@pytest.mark.parametrize("chip", ["H200", "v5e"])
+def test_a_row_of_the_table_is_rewritten_and_nothing_else(chip):
     text = tune.TABLE.read_text()
-    if key == "128":
+    name = "TPU_TABLE" if chip == "v5e" else "HOPPER_TABLE"
+    if chip == "H200":
         blocks = HopperBlocks(block_q=128, block_k=64, stages=3, block_q_dq=64, block_k_dq=32, block_q_dkv=32,
                               block_k_dkv=64, stages_bwd=2)  # fmt: skip
     else:
         blocks = TpuBlocks(block_q=256, block_k=2048, block_q_dq=128, block_k_dq=64, block_q_dkv=32, block_k_dkv=16,
                            slice_k=8)  # fmt: skip
-    old = configs.HOPPER_TABLE[128] if key == "128" else configs.TPU_TABLE["v5e", 128]
-    new = tune.rewritten(text, key, {False: blocks, True: old[True]})
+    old = getattr(configs, name)
+    new = tune.rewritten(text, chip, 128, {False: blocks, True: old[chip, 128][True]})
     changed = [(a, b) for a, b in zip(text.splitlines(), new.splitlines(), strict=True) if a != b]
     assert len(changed) == 1
     scope = {}
     exec(compile(new, "configs.py", "exec"), scope)
-    row = scope["HOPPER_TABLE"][128] if key == "128" else scope["TPU_TABLE"]["v5e", 128]
-    assert row[False].__class__.__name__ == type(blocks).__name__
-    assert str(row[False]) == str(blocks)
-    assert str(row[True]) == str(old[True])
+    shown = {key: {packed: str(row) for packed, row in rows.items()} for key, rows in scope[name].items()}
+    wanted = {key: {packed: str(row) for packed, row in rows.items()} for key, rows in old.items()}
+    wanted[chip, 128][False] = str(blocks)
+    assert shown == wanted
 
 
 def test_every_row_of_the_table_is_found():
     """The sweep could not write a row whose text it does not recognize."""
     text = tune.TABLE.read_text()
-    for width, rows in configs.HOPPER_TABLE.items():
-        assert tune.rewritten(text, f"{width}", rows) == text
-    for (chip, width), rows in configs.TPU_TABLE.items():
-        assert tune.rewritten(text, f'("{chip}", {width})', rows) == text
-    with pytest.raises(ConfigError, match="one row 96, found 0"):
-        tune.rewritten(text, "96", configs.HOPPER_TABLE[128])
+    for (chip, width), rows in (*configs.HOPPER_TABLE.items(), *configs.TPU_TABLE.items()):
+        assert tune.rewritten(text, chip, width, rows) == text
+    with pytest.raises(ConfigError, match=r'one row \("H100", 96\), found 0'):
+        tune.rewritten(text, "H100", 96, configs.HOPPER_TABLE["H100", 128])
+
+
+def test_a_sweep_writes_the_rows_of_its_own_chip():
+    assert tune.chip_of("pallas_hopper", "NVIDIA H200") == "H200"
+    assert tune.chip_of("pallas_hopper", "NVIDIA H100 80GB HBM3") == "H100"
+    assert tune.chip_of("pallas_tpu", "TPU v6 lite") == "v6e"
+    with pytest.raises(ConfigError, match="one of H100, H200, got NVIDIA H20; add it to HOPPER_TABLE"):
+        tune.chip_of("pallas_hopper", "NVIDIA H20")
+    with pytest.raises(ConfigError, match="got TPU v4; add it to TPU_CHIPS and its rows to TPU_TABLE"):
+        tune.chip_of("pallas_tpu", "TPU v4")
 
 
 def test_forward_and_backward_blocks_are_chosen_apart():

@@ -283,7 +283,7 @@ def _hopper_reasons(p: Problem, blocks: HopperBlocks) -> list[str]:
 
 def _hopper_config(p: Problem, config: TpuBlocks | HopperBlocks | None) -> HopperBlocks:
     if config is None:
-        return hopper_blocks(p.width, p.packed)
+        return hopper_blocks(p.width, p.packed, p.device_kind)
     if not isinstance(config, HopperBlocks):
         raise ConfigError(
             f"impl='pallas_hopper' takes HopperBlocks, got {type(config).__name__}; give none for the table's"

@@ -1,4 +1,5 @@
-"""Block sizes per chip and shape class: a literal table, no search at run time (hosts would differ).
+"""Block sizes per chip and shape class (head width, packed or not): a literal table, no search at run time (hosts would
+differ).
 
 `tools/tune_attention.py` measures rows on the chip it runs on. A row marked unmeasured compiles for its chip and was
 never timed.
@@ -6,6 +7,7 @@ never timed.
 
 import dataclasses
 import math
+import re
 
 from pretrain.config import ConfigError
 
@@ -164,16 +166,25 @@ def _hopper(
     )
 
 
-# {H: {packed: blocks}}, the fastest of those tried on an H200 with rows of 4096. Deeper rings lose; longer tiles of keys
-# gain 4 % for dq at 64 and spill at 128; ptxas reports spills in dk/dv only: 56 bytes at 128 and 44 at 256 (276 with 64
-# queries a tile, which is 4 % slower).
-HOPPER_TABLE: dict[int, dict[bool, HopperBlocks]] = {
-    64: {False: _hopper((64, 128, 3), (64, 128), (64, 64), 2), True: _hopper((64, 128, 3), (64, 64), (64, 64), 2)},
-    128: {False: _hopper((64, 128, 2), (64, 64), (64, 64), 2), True: _hopper((64, 128, 2), (64, 64), (64, 64), 2)},
-    256: {False: _hopper((64, 64, 2), (64, 32), (32, 64), 2), True: _hopper((64, 64, 2), (64, 32), (32, 64), 2)},
+# {(chip, H): {packed: blocks}}, the fastest of those tried on an H200 with rows of 4096; an H100 ran with the same and was
+# within 4 %. Deeper rings lose; longer tiles of keys gain 4 % for dq at 64 and spill at 128; ptxas reports spills in
+# dk/dv only: 56 bytes at 128 and 44 at 256 (276 with 64 queries a tile, which is 4 % slower).
+HOPPER_TABLE: dict[tuple[str, int], dict[bool, HopperBlocks]] = {
+    ("H100", 64): {False: _hopper((64, 128, 3), (64, 128), (64, 64), 2), True: _hopper((64, 128, 3), (64, 64), (64, 64), 2)},
+    ("H100", 128): {False: _hopper((64, 128, 2), (64, 64), (64, 64), 2), True: _hopper((64, 128, 2), (64, 64), (64, 64), 2)},
+    ("H100", 256): {False: _hopper((64, 64, 2), (64, 32), (32, 64), 2), True: _hopper((64, 64, 2), (64, 32), (32, 64), 2)},
+    ("H200", 64): {False: _hopper((64, 128, 3), (64, 128), (64, 64), 2), True: _hopper((64, 128, 3), (64, 64), (64, 64), 2)},
+    ("H200", 128): {False: _hopper((64, 128, 2), (64, 64), (64, 64), 2), True: _hopper((64, 128, 2), (64, 64), (64, 64), 2)},
+    ("H200", 256): {False: _hopper((64, 64, 2), (64, 32), (32, 64), 2), True: _hopper((64, 64, 2), (64, 32), (32, 64), 2)},
 }  # fmt: skip
 
 
-def hopper_blocks(width: int, packed: bool) -> HopperBlocks:
-    """The row of the table for head width 64, 128 or 256."""
-    return HOPPER_TABLE[width][packed]
+def hopper_chip(device_kind: str) -> str | None:
+    """The chip of HOPPER_TABLE that CUDA calls this, such as "NVIDIA H100 80GB HBM3"; None for one without rows."""
+    chips = {chip for chip, _ in HOPPER_TABLE}
+    return next((word for word in re.findall(r"[A-Za-z0-9]+", device_kind) if word in chips), None)
+
+
+def hopper_blocks(width: int, packed: bool, device_kind: str = "H100") -> HopperBlocks:
+    """The row of the table for head width 64, 128 or 256. A chip without rows of its own takes those of the H100."""
+    return HOPPER_TABLE[hopper_chip(device_kind) or "H100", width][packed]

@@ -343,9 +343,19 @@ def test_the_rows_of_the_tables_fit_their_chips():
                 assert max(tpu.vmem_bytes(blocks, group, width, 2).values()) <= limit
                 shorter = tpu.fitting(blocks, group, width, 4, limit)
                 assert max(tpu.vmem_bytes(shorter, group, width, 4).values()) <= limit
-    for width, rows in HOPPER_TABLE.items():
+    for (_, width), rows in HOPPER_TABLE.items():
         for blocks in rows.values():
             assert max(hopper.shared_memory_bytes(blocks, width).values()) <= api.HOPPER_SHARED_BYTES
+
+
+def test_hopper_rows_are_those_of_the_chip(monkeypatch):
+    """A chip without rows of its own takes those of the H100."""
+    own = dataclasses.replace(HOPPER, block_k=128)
+    monkeypatch.setitem(HOPPER_TABLE, ("H200", 128), {False: own, True: own})
+    kinds = ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H20")
+    taken = [api._hopper_config(dataclasses.replace(ON_H100, device_kind=kind), None) for kind in kinds]
+    of_h100 = HOPPER_TABLE["H100", 128][True]
+    assert taken == [of_h100, own, of_h100, of_h100]
 
 
 def test_float32_takes_shorter_tiles_and_what_fits_in_no_tile_is_declined():

@@ -20,7 +20,7 @@ from jax import export
 
 from pretrain import compat
 from pretrain.kernels.attention import api, hopper, tpu
-from pretrain.kernels.attention.api import attention
+from pretrain.kernels.attention.api import KERNEL_WIDTHS, attention
 from pretrain.kernels.attention.configs import (
     HOPPER_SHARED_BYTES,
     HOPPER_TABLE,
@@ -86,7 +86,7 @@ def test_tpu_kernels_lower_without_a_tpu():
     assert "1024x1024" not in text
 
 
-@pytest.mark.parametrize("width", sorted(HOPPER_TABLE))
+@pytest.mark.parametrize("width", KERNEL_WIDTHS)
 @pytest.mark.parametrize("warpgroup_semantics", [False, True])
 @pytest.mark.skipif(bool(compat.mosaic_gpu_reasons()), reason="; ".join(compat.mosaic_gpu_reasons()))
 def test_hopper_kernels_lower_without_a_gpu(width, warpgroup_semantics):
@@ -216,8 +216,9 @@ TARGET = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("width", sorted(HOPPER_TABLE))
-def test_hopper_kernels_compile(width, packed, monkeypatch):
+@pytest.mark.parametrize(("chip", "width"), HOPPER_TABLE)
+def test_hopper_kernels_compile(chip, width, packed, monkeypatch):
+    """Every row of the table, for an H100."""
     pytest.importorskip("jax_cuda12_plugin", reason="the [cuda] extra is not installed")
     if not TARGET.is_file():
         pytest.skip(f"no description of the chip at {TARGET}")
@@ -230,7 +231,10 @@ def test_hopper_kernels_compile(width, packed, monkeypatch):
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     mesh = compat.gpu_mesh(TARGET.read_text())
     layout = jax.sharding.NamedSharding(mesh, jax.P())
-    run = gradients(functools.partial(on_hopper, spec=EVERYTHING, warpgroup_semantics=False, packed=packed))
+    blocks = hopper_blocks(width, packed, chip)
+    run = gradients(
+        functools.partial(on_hopper, spec=EVERYTHING, warpgroup_semantics=False, packed=packed, blocks=blocks)
+    )
     with jax.set_mesh(mesh):
         compiled = (
             jax.jit(run).trace(*arguments(width, 8192, layout)).lower(lowering_platforms=("cuda",)).compile()
