@@ -157,6 +157,11 @@ def same_everywhere(numbers: list[int]) -> list[int]:
     return [int(n) for n in multihost_utils.broadcast_one_to_all(padded)]
 
 
+def text_of_first(text: str) -> str:
+    """The first process's text, of any length."""
+    return bytes(same_everywhere(list(text.encode()))).decode()
+
+
 def texts_of_all(text: str) -> list[str]:
     """What each process says, cut to 400 bytes, by process."""
     if jax.process_count() == 1:

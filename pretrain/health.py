@@ -10,6 +10,7 @@ import dataclasses
 import faulthandler
 import functools
 import hashlib
+import json
 import math
 import os
 import signal
@@ -28,8 +29,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from pretrain.config import ConfigError
+from pretrain.rundir import append_line, finished_lines
 from pretrain.sharding import in_turn
 
 Tree = TypeVar("Tree")
@@ -121,6 +124,16 @@ def guard(
     }, ok
 
 
+def refused(health: Mapping[str, Array], reason: Int32[Array, ""]) -> dict[str, Array]:
+    """What `guard` leaves of a step that it refuses for `reason`, an index into REASONS."""
+    return {
+        **health,
+        "skipped": health["skipped"] + 1,
+        "consecutive_skips": health["consecutive_skips"] + 1,
+        "reason": reason,
+    }
+
+
 def renewed(
     health: Mapping[str, Array], step: UInt32[Array, ""], new_data_steps: Sequence[int]
 ) -> dict[str, Array]:
@@ -153,13 +166,32 @@ def keep_if(ok: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
 
 
 class Ledger:
-    """What was skipped or quarantined, in order. An item of every checkpoint.
+    """What was skipped or quarantined, in order. An item of every checkpoint, and a file that is ahead of them.
 
-    An entry is a dict with "event" and "step"; values that JSON lacks (nan, inf) are written as text.
+    An entry is a dict with "event" and "step"; values that JSON lacks (nan, inf) are written as text. With `path` it
+    is on the disk when it has been added, so that a run which dies before its next checkpoint finds it again.
     """
 
-    def __init__(self, entries: Sequence[Mapping[str, Any]] = ()):
+    def __init__(self, entries: Sequence[Mapping[str, Any]] = (), path: Path | None = None):
         self.entries: list[dict[str, Any]] = [dict(entry) for entry in entries]
+        self._path = path
+
+    def resumed(
+        self, written: Sequence[Mapping[str, Any]], step: int, path: Path | None
+    ) -> tuple["Ledger", dict[int, dict[str, Any]]]:
+        """This ledger, that of a checkpoint of `step`, with what the file at `path` holds beyond it, `written`.
+
+        The second value are the skips of later steps, by step: they are to be skipped again. None is in the ledger
+        yet. What the file lacks (the ledger of a trunk, a quarantine on the way here) is added to it.
+        """
+        beyond = [dict(entry) for entry in written if entry not in self.entries]
+        ahead = {e["step"]: e for e in beyond if e["event"] == "skip" and e["step"] > step}
+        if path is not None:
+            for entry in self.entries:
+                if entry not in written:
+                    append_line(path, json.dumps(entry, allow_nan=False))
+        rest = [entry for entry in beyond if entry["step"] not in ahead or entry["event"] != "skip"]
+        return Ledger([*self.entries, *rest], path), ahead
 
     def skip(
         self,
@@ -177,6 +209,8 @@ class Ledger:
     def add(self, *, event: str, step: int, **fields: Any) -> dict[str, Any]:
         """Append an entry (skip, quarantine, ...) and return it as it will be written."""
         entry = _plain({"event": event, "step": step, **fields})
+        if self._path is not None:
+            append_line(self._path, json.dumps(entry, allow_nan=False))
         self.entries.append(entry)
         return entry
 
@@ -187,6 +221,26 @@ class Ledger:
     @property
     def skipped_steps(self) -> list[int]:
         return [entry["step"] for entry in self.select("skip")]
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """The entries of a ledger's file; none where there is no file.
+
+    Raises:
+      ConfigError: a finished line is no entry (names file and line).
+    """
+    entries = []
+    for number, line in enumerate(finished_lines(path), start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["event"], str) or not isinstance(entry["step"], int):
+                raise ValueError("event must be text, step an integer")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}:{number} must be a JSON object with an event and a step, got {line[:60]!r}; remove the line"
+            ) from error
+        entries.append(entry)
+    return entries
 
 
 def _plain(value: Any) -> Any:

@@ -89,6 +89,39 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a file and force it to the disk: it is there after a crash that comes at any later moment.
+
+    Raises:
+      ConfigError: the storage refuses.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        is_new = not path.exists()
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            data = f"{line}\n".encode()
+            while data:
+                data = data[os.write(handle, data) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if is_new:
+            _sync_folder(path.parent)
+
+
+def finished_lines(path: str | Path) -> list[str]:
+    """The lines of a file that only grows; what a kill left of a last one is cut off. An absent file has none."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        write_atomic(path, whole)
+    return whole.decode().splitlines()
+
+
 def file_sha256(path: str | Path) -> str:
     """The sha256 (hex) of a file's bytes."""
     digest = hashlib.sha256()
@@ -126,6 +159,10 @@ class RunDir:
     @property
     def metrics_jsonl(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def ledger_jsonl(self) -> Path:
+        return self.root / "ledger.jsonl"
 
     @property
     def summary_json(self) -> Path:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from pretrain.config import ConfigError
 from pretrain.data.batch import Batch
-from pretrain.health import HealthConfig, guard, init_health, keep_if, renewed
+from pretrain.health import HealthConfig, guard, init_health, keep_if, refused, renewed
 from pretrain.loss import LossConfig, LossSums, cross_entropy
 from pretrain.model.adapters import trained_part, with_trained_part
 from pretrain.model.transformer import (
@@ -260,6 +260,20 @@ def make_train_step(
         return new, metrics
 
     return OnMesh(jax.jit(train_step, donate_argnums=0), mesh)
+
+
+def make_skip_step(*, mesh: Mesh | None = None, new_data_steps: Sequence[int] = ()) -> OnMesh:
+    """The jitted `(state, reason) -> state` of a step that was refused before; the state is donated.
+
+    It leaves the bits that the step itself left, and computes nothing: whatever made the loss bad then (a fault of a
+    chip, say) need not do so again, and the run is to go on as if it had never been interrupted.
+    """
+
+    def skip_step(state: TrainState, reason: jax.Array) -> TrainState:
+        before = renewed(state.health, state.step, new_data_steps)
+        return dataclasses.replace(state, step=state.step + 1, health=refused(before, reason))
+
+    return OnMesh(jax.jit(skip_step, donate_argnums=0), mesh)
 
 
 def make_eval_step(loss: LossFunction, *, mesh: Mesh | None = None) -> OnMesh:

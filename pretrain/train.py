@@ -22,7 +22,14 @@ from pretrain import flops
 from pretrain.checkpoint import Checkpointer, CheckpointPolicy, params_sha256, read_item, saved_steps
 from pretrain.config import ConfigError, local
 from pretrain.data.tables import DataConfig, prepare_tables
-from pretrain.distributed import DistributedConfig, is_writer, leave_if_lost, same_everywhere, wait_for_all
+from pretrain.distributed import (
+    DistributedConfig,
+    is_writer,
+    leave_if_lost,
+    same_everywhere,
+    text_of_first,
+    wait_for_all,
+)
 from pretrain.generate import SampleConfig, sample_texts
 from pretrain.health import (
     REASONS,
@@ -31,6 +38,7 @@ from pretrain.health import (
     StopSignal,
     TooManySkips,
     Watchdog,
+    read_ledger,
     tree_fingerprint,
 )
 from pretrain.loss import LossConfig
@@ -50,7 +58,7 @@ from pretrain.plots import draw_loss
 from pretrain.pretrained import Pretrained, load_init
 from pretrain.rundir import RunDir, write_atomic, write_json_atomic
 from pretrain.sharding import MeshConfig, make_mesh
-from pretrain.step import TrainState, abstract_state, check_batch, init_state, make_train_step
+from pretrain.step import TrainState, abstract_state, check_batch, init_state, make_skip_step, make_train_step
 
 EXIT_PREEMPTED = 75
 
@@ -195,6 +203,9 @@ def train(config: TrainConfig, *, name: str, trunk: Path | None = None) -> Train
             )
             start_step, ledger, seconds = 0, Ledger(), {}
             print(f"starting {run.root}")
+        # Of steps after that checkpoint the run folder knows which ones were skipped.
+        written = json.loads(text_of_first(json.dumps(read_ledger(run.ledger_jsonl) if is_writer() else [])))
+        ledger, ahead = ledger.resumed(written, start_step, run.ledger_jsonl if is_writer() else None)
         loop = _Loop(
             config,
             run,
@@ -204,6 +215,7 @@ def train(config: TrainConfig, *, name: str, trunk: Path | None = None) -> Train
             optimizer,
             checkpointer,
             ledger,
+            ahead,
             start_step,
             GoodputClock(seconds),
         )
@@ -237,11 +249,13 @@ class _Loop:
         optimizer: Any,
         checkpointer: Checkpointer,
         ledger: Ledger,
+        ahead: dict[int, dict[str, Any]],
         start_step: int,
         clock: GoodputClock,
     ):
         self.config, self.run, self.objective, self.batches = config, run, objective, batches
-        self.checkpointer, self.ledger, self.start_step, self.clock = checkpointer, ledger, start_step, clock
+        self.checkpointer, self.start_step, self.clock = checkpointer, start_step, clock
+        self.ledger, self.ahead = ledger, ahead  # what was skipped, and what is to be skipped again, by step
         self.train_step = make_train_step(
             objective.loss,
             optimizer,
@@ -254,10 +268,12 @@ class _Loop:
                 config.model, batch.segment_ids_BT1[:, :-1], batch.positions_BT1[:, :-1]
             ),
         )
+        self.skip_step = make_skip_step(mesh=mesh, new_data_steps=objective.new_data_steps)
         # What a step executes, by the rows of its batch; known when it has been traced.
         self._step_flops: dict[int, flops.Executed | None] = {}
         self._executed = 0.0  # FLOPs since the last line
         self._packed = {"packed_tokens": 0.0, "packed_pairs": 0.0}  # since the last line
+        self._passed_tokens = 0  # since the last line, of steps that were skipped without computing them
         self.writers = Writers([])
         if is_writer():
             self.writers, dropped = open_writers(
@@ -284,24 +300,31 @@ class _Loop:
                 with self.clock.phase("data_wait"):
                     batch = self.batches.next(step, state.params)
                 rows = len(batch.tokens_BT1)
-                with ExitStack() as compiling:
-                    if rows in self._step_flops:
-                        compiling.enter_context(self.clock.phase("step"))
-                    else:
-                        compiling.enter_context(self.clock.phase("compile"))
-                        compiling.enter_context(watchdog.patience(3600))
-                        self._step_flops[rows] = self._executed_flops(state, batch, progress)
-                    state, metrics = self.train_step(state, batch)
-                    # Read the metrics of the step before while this one runs: the device never waits for the host.
+                if step + 1 in self.ahead:
                     if pending is not None:
-                        self._record(step, *pending, progress)
-                pending = metrics, self.batches.report(), rows
+                        with self.clock.phase("step"):
+                            self._record(step, *pending, progress)
+                    pending = None
+                    state = self._skip_again(step + 1, state, progress)
+                else:
+                    with ExitStack() as compiling:
+                        if rows in self._step_flops:
+                            compiling.enter_context(self.clock.phase("step"))
+                        else:
+                            compiling.enter_context(self.clock.phase("compile"))
+                            compiling.enter_context(watchdog.patience(3600))
+                            self._step_flops[rows] = self._executed_flops(state, batch, progress)
+                        state, metrics = self.train_step(state, batch)
+                        # Read the metrics of the step before while this one runs: the device never waits for the host.
+                        if pending is not None:
+                            self._record(step, *pending, progress)
+                    pending = metrics, self.batches.report(), rows
                 step += 1
                 watchdog.beat(step)
                 due = self._is_due(step, last_step)
                 with self.clock.phase("step"):  # several processes wait for each other, and so for the step
                     save = step == last_step or self.checkpointer.due(step)
-                if due or save:
+                if pending is not None and (due or save):
                     with self.clock.phase("step"):  # it waits for the step to end
                         self._record(step, *pending, progress)
                     pending = None
@@ -357,7 +380,8 @@ class _Loop:
             if values["consecutive_skips"] > self.config.health.max_consecutive_skips:
                 raise TooManySkips(
                     f"at most {self.config.health.max_consecutive_skips} steps may be skipped in a row; step {step} is one "
-                    f"more ({entry['reason']}, loss {values['loss']}); look at the rows in its ledger lines, or lower optim.peak_lr"
+                    f"more ({entry['reason']}, loss {values['loss']}); look at their rows in {self.run.ledger_jsonl}: the "
+                    "same command goes on after them; or lower optim.peak_lr"
                 )
         for name in self._packed:
             self._packed[name] += float(values[name])
@@ -371,8 +395,8 @@ class _Loop:
         busy_s = self._busy_s()
         elapsed_s = max(busy_s - logged_s, 1e-9)
         tokens = self.objective.tokens_before(step)
-        rate = (tokens - self.objective.tokens_before(logged_step)) / elapsed_s
-        self._logged = (step, busy_s)
+        rate = (tokens - self._passed_tokens - self.objective.tokens_before(logged_step)) / elapsed_s
+        self._logged, self._passed_tokens = (step, busy_s), 0
         by_source = {
             label: float(nll / weight)
             for label, nll, weight in zip(
@@ -396,6 +420,14 @@ class _Loop:
         }
         self.writers.write(step, "train", line)
         progress.update(step, loss=line["loss"], tokens_per_second=rate)
+
+    def _skip_again(self, step: int, state: TrainState, progress: ProgressView) -> TrainState:
+        """The state after `step`, which the ledger's file says was skipped; it has no line of its own."""
+        entry = self.ahead.pop(step)
+        self.ledger.entries.append(entry)
+        self._passed_tokens += self.objective.tokens_before(step) - self.objective.tokens_before(step - 1)
+        progress.say(f"step {step} skipped again, as the ledger says: {entry['reason']}")
+        return self.skip_step(state, np.asarray(REASONS.index(entry["reason"]), np.int32))
 
     def _mfu(self, tokens_per_second: float) -> float:
         return flops.mfu(

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pretrain import health
-from pretrain.health import REASONS, HealthConfig, Ledger, StopSignal, TooManySkips, Watchdog
+from pretrain.config import ConfigError
+from pretrain.health import REASONS, HealthConfig, Ledger, StopSignal, TooManySkips, Watchdog, read_ledger
 
 SMALL = HealthConfig(window_steps=8, min_accepted=4)
 _guard = jax.jit(health.guard, static_argnums=3)
@@ -188,6 +189,35 @@ def test_ledger_keeps_order_and_is_strict_json():
     assert [entry["event"] for entry in again.entries] == ["skip", "quarantine"]
     again.add(event="skip", step=8)
     assert len(ledger.entries) == 2
+
+
+def test_an_entry_of_a_ledger_with_a_file_is_on_the_disk_when_it_is_made(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    assert read_ledger(path) == []
+    ledger = Ledger(path=path)
+    for step in (4, 7):
+        ledger.skip(step, loss=math.inf, grad_norm=1.0, reason="loss not finite", rows=[("web", step)])
+        assert read_ledger(path) == ledger.entries
+    path.write_text(path.read_text() + '{"event": "sk')
+    assert read_ledger(path) == ledger.entries
+    path.write_text(path.read_text() + '{"event": "skip"}\n')
+    with pytest.raises(ConfigError, match=r"ledger\.jsonl:3 must be a JSON object with an event and a step"):
+        read_ledger(path)
+
+
+def test_a_resumed_ledger_knows_what_lies_ahead_and_lacks_nothing(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    first = Ledger(path=path)
+    for step in (2, 5, 8):
+        first.skip(step, loss=math.nan, grad_norm=1.0, reason="loss not finite")
+    first.add(event="quarantine", step=8, reason="flipped")
+    of_checkpoint = Ledger(
+        [first.entries[0], {"event": "quarantine", "step": 9, "reason": "on the way here"}]
+    )
+    ledger, ahead = of_checkpoint.resumed(read_ledger(path), 4, path)
+    assert ahead == {5: first.entries[1], 8: first.entries[2]}
+    assert ledger.entries == [*of_checkpoint.entries, first.entries[3]]
+    assert read_ledger(path) == [*first.entries, of_checkpoint.entries[1]]
 
 
 # --- hashes ------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from pretrain.config import ConfigError
 from pretrain.rundir import (
     TEMPORARY_SUFFIX,
     RunDir,
+    append_line,
     file_sha256,
+    finished_lines,
     storage_error,
     write_atomic,
     write_json_atomic,
@@ -29,6 +31,26 @@ def test_write_atomic_replaces_whole_files_and_leaves_nothing_else(tmp_path):
     write_atomic(path, b"two")
     assert path.read_bytes() == b"two"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_lines_are_appended_whole_and_what_a_kill_left_of_one_is_cut_off(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert finished_lines(path) == []
+    append_line(path, "one")
+    append_line(path, "zwölf")
+    assert finished_lines(path) == ["one", "zwölf"]
+    path.write_bytes(path.read_bytes() + b"unfin")
+    assert finished_lines(path) == ["one", "zwölf"]
+    append_line(path, "three")
+    assert path.read_text() == "one\nzwölf\nthree\n"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="file size limit"):
+            append_line(path, "four")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert finished_lines(path) == ["one", "zwölf", "three"]
 
 
 def test_write_json_is_strict_json(tmp_path):

@@ -31,14 +31,18 @@ TINY = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Poisoned(TrainConfig):
-    """A run whose loss is not a number on the batches of some steps, told by the sum of their tokens."""
+    """A run whose loss is not a number on the batches of some steps, told by the sum of their tokens.
 
-    bad_steps: tuple[int, ...]
+    The steps are no part of its identity: what made a step bad may be gone when the run goes on.
+    """
+
+    bad_steps: tuple[int, ...] = local(())
 
     def objective(self):
         objective = super().objective()
         batches = RowBatches(objective.data, self.data, seed=self.run.seed, mesh=None)
-        sums = jnp.asarray([int(np.sum(batches.batch_at(step).tokens_BT1)) for step in self.bad_steps])
+        sums = [int(np.sum(batches.batch_at(step).tokens_BT1)) for step in self.bad_steps]
+        sums = jnp.asarray(sums, jnp.int32)
         plain = objective.loss
 
         def loss(params, batch):
@@ -62,8 +66,13 @@ def item(run, step: int, name: str):
 
 def hashes(run, step: int) -> dict[str, str]:
     """Leaf by leaf, of parameters and optimizer state."""
+    return {name: value for name, value in all_hashes(run, step).items() if not name.startswith("health.")}
+
+
+def all_hashes(run, step: int) -> dict[str, str]:
+    """The guard's windows and counters as well."""
     leaves = json.loads((run.checkpoints / str(step) / "manifest.json").read_text())["body"]["leaves"]
-    return {e["leaf"]: e["hash"] for e in leaves if e["leaf"].startswith(("params.", "opt_state."))}
+    return {entry["leaf"]: entry["hash"] for entry in leaves}
 
 
 def train_lines(run) -> list[dict]:
@@ -92,11 +101,55 @@ def test_a_step_without_a_finite_loss_is_skipped_and_a_resumed_run_skips_it_too(
     assert hashes(again, 5) == hashes(run, 5)
 
 
-def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path):
+class Killed(Exception):
+    """Stands for a SIGKILL: nothing of ours is asked before the run ends."""
+
+
+@pytest.mark.parametrize("saved", ["(2,)", "()"], ids=["after a checkpoint", "before the first one"])
+def test_what_was_skipped_after_the_last_checkpoint_is_skipped_again_whatever_it_would_be_now(
+    tmp_path, monkeypatch, saved
+):
+    """Step 3 is bad in one run that goes through and in one that is killed in step 5; then nothing is bad any more."""
+    never = "checkpoint.every_s=none"
+    whole = poisoned(tmp_path, (2,), never)
+    assert train(whole, name="whole").exit_code == 0
+
+    def until_step_5(self, step, params):
+        if step == 4:
+            raise Killed
+        return next_batch(self, step, params)
+
+    next_batch = RowBatches.next
+    killed = poisoned(tmp_path, (2,), never, f"checkpoint.keep_steps={saved}")
+    with monkeypatch.context() as patch:
+        patch.setattr(RowBatches, "next", until_step_5)
+        with pytest.raises(Killed):
+            train(killed, name="killed")
+    run = run_dir(killed, "killed")
+    assert saved_steps(run.checkpoints) == ([2] if saved == "(2,)" else [])
+    (entry,) = [json.loads(line) for line in run.ledger_jsonl.read_text().splitlines()]
+    assert (entry["event"], entry["step"]) == ("skip", 3)
+
+    with open(run.ledger_jsonl, "a") as file:
+        file.write('{"event": "skip", "st')  # cut off by the kill
+    healed = poisoned(tmp_path, (), never)
+    assert train(healed, name="killed").exit_code == 0
+    assert all_hashes(run, 5) == all_hashes(run_dir(whole, "whole"), 5)
+    assert item(run, 5, "ledger") == item(run_dir(whole, "whole"), 5, "ledger") == {"entries": [entry]}
+    assert [json.loads(line) for line in run.ledger_jsonl.read_text().splitlines()] == [entry]
+    assert [line["step"] for line in train_lines(run)] == [1, 2, 4, 5]
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_and_the_next_one_goes_on_after_them(tmp_path):
     config = poisoned(tmp_path, (1, 2, 3), "health.max_consecutive_skips=2")
     with pytest.raises(TooManySkips, match="at most 2 steps may be skipped in a row; step 4 is one more"):
         train(config, name="nan")
     assert TooManySkips.exit_code == 6
+    run = run_dir(config, "nan")
+    assert [json.loads(line)["step"] for line in run.ledger_jsonl.read_text().splitlines()] == [2, 3, 4]
+    assert train(config, name="nan").exit_code == 0
+    assert json.loads(run.summary_json.read_text())["skipped_steps"] == 3
+    assert [line["step"] for line in train_lines(run)] == [1, 5]
 
 
 def test_sigterm_in_the_middle_of_steps_saves_and_the_same_command_goes_on(tmp_path):
