@@ -3,8 +3,8 @@
     python -m tools.bench_attention out=attention_h100              under 8 minutes on one H100
     python -m tools.bench_attention size=smoke out=attention_cpu    seconds on a CPU: the harness, not the chip
 
-Every implementation is first held to a float64 reference on fresh random inputs, in memory that held NaN before;
-one that is wrong is not timed. All programs are compiled beforehand, side by side. Then, for every case, the
+Every implementation is first held to a float64 reference on fresh random inputs, in memory that held NaN before; one
+that is wrong, does not compile or fails is named with the reason and not timed. All programs are compiled beforehand, side by side. Then, for every case, the
 implementations take turns; a sample is the time of as many calls in a row as fill `min_sample_s`, over several sets of
 inputs larger than the cache. Reported are the median and quartiles, useful TFLOP/s (allowed pairs), visited TFLOP/s
 (blocks entered) and the share of a matrix-product peak that is measured in the same run, before and after; more than
@@ -57,6 +57,8 @@ TOLERANCE = {
     "float32": dict.fromkeys(("o", "dq", "dk", "dv"), 5e-5),
 }
 OURS = ("pallas_hopper", "pallas_tpu", "tpu_interpret")
+# What an implementation that cannot run here raises; tokamax groups the reasons of all that it tried.
+FAILURES = (ValueError, TypeError, RuntimeError, ImportError, ExceptionGroup)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,10 @@ def implementation(name: str, shapes: Shapes, config: Any = None) -> Entrant | s
     if name == "tokamax":
         if importlib.util.find_spec("tokamax") is None:
             return "not installed"
-        tokamax = importlib.import_module("tokamax")
+        try:
+            tokamax = importlib.import_module("tokamax")
+        except FAILURES as error:
+            return f"does not import: {one_line(error)}"
         return Entrant(lambda q, k, v, plan: tokamax.dot_product_attention(q, k, v, is_causal=True))
     if name not in IMPLEMENTATIONS:
         return "unknown"
@@ -187,29 +192,43 @@ def forward_and_backward(f: Attention) -> dict[str, Any]:
 
 
 Compiled = dict[str, Callable[..., Any]]
+Job = tuple[Attention | Entrant, Shapes, PackPlan]
+PARTS = ("fwd", "saved", "bwd")
 
 
-def compiled(
-    jobs: Mapping[Any, tuple[Entrant, Shapes, PackPlan]], log: Callable[[str], None]
-) -> dict[Any, Compiled]:
-    """The three programs of every job, compiled side by side; a job that does not compile is said and left out."""
+def prepared(job: Job) -> PackPlan:
+    """The plan with what the implementation makes of it once a batch."""
+    attend, shapes, plan = job
+    return attend.prepare(plan, shapes) if isinstance(attend, Entrant) else plan
 
-    def build(job: tuple[Entrant, Shapes, PackPlan]) -> Compiled:
-        entrant, (q, k, v, do), plan = job
-        functions, plan = forward_and_backward(entrant), entrant.prepare(plan, (q, k))
-        transpose = jax.eval_shape(functions["saved"], q, k, v, plan)[1]
-        arguments = {"fwd": (q, k, v, plan), "saved": (q, k, v, plan), "bwd": (transpose, do)}
-        return {part: f.lower(*arguments[part]).compile() for part, f in functions.items()}
 
-    out = {}
+def compile_job(job: Job, parts: Sequence[str] = PARTS) -> Compiled:
+    """The programs of one implementation for inputs of these shapes; `saved` and `bwd` are a forward and backward."""
+    attend, (q, k, v, do), _ = job
+    plan = prepared(job)
+    functions = forward_and_backward(attend)
+    transpose = jax.eval_shape(functions["saved"], q, k, v, plan)[1]
+    arguments = {"fwd": (q, k, v, plan), "saved": (q, k, v, plan), "bwd": (transpose, do)}
+    return {part: functions[part].lower(*arguments[part]).compile() for part in parts}
+
+
+def compiled(jobs: Mapping[Any, Job], parts: Sequence[str] = PARTS) -> dict[Any, Compiled | str]:
+    """The programs of every job, compiled side by side; of one that does not compile, the reason in a line."""
+    out: dict[Any, Compiled | str] = {}
     with ThreadPoolExecutor() as pool:
-        futures = {key: pool.submit(build, job) for key, job in jobs.items()}
+        futures = {key: pool.submit(compile_job, job, parts) for key, job in jobs.items()}
         for key, future in futures.items():
             try:
                 out[key] = future.result()
-            except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-                log(f"{key} does not compile: {str(error).splitlines()[0][:200]}")
+            except FAILURES as error:
+                out[key] = f"does not compile: {one_line(error)}"
     return out
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'without a word'}"
 
 
 # --- inputs ------------------------------------------------------------------------------------------
@@ -268,18 +287,34 @@ def poison(like: Any) -> None:
         x.delete()
 
 
-def errors_against_float64(f: Attention, size: Size, width: int, packing: str, seed: int) -> dict[str, float]:
-    """Relative norms of what is wrong with outputs and gradients; NaN where something was not computed."""
+def check_job(f: Attention | Entrant, size: Size, width: int, packing: str, seed: int) -> Job:
+    """The small problem that `f` is held to: one row, two heads on a key-value head."""
     case = Case(direction="fwd", width=width, length=size.check_length, packing=packing)
     small = dataclasses.replace(size, columns=4 * width, heads_per_kv_head=2)
-    shapes = shapes_of(small, width, size.check_length, rows=1)
-    q, k, v, do = draw(shapes, seed)
-    plan = plan_of(small, case, rows=1, seed=seed)
-    functions = forward_and_backward(f)
-    poison(shapes)
-    o, transpose = functions["saved"](q, k, v, plan)
-    poison(shapes)
-    got = {"o": o} | dict(zip(("dq", "dk", "dv"), functions["bwd"](transpose, do), strict=True))
+    return f, shapes_of(small, width, size.check_length, rows=1), plan_of(small, case, rows=1, seed=seed)
+
+
+def errors_against_float64(
+    f: Attention | Entrant, size: Size, width: int, packing: str, seed: int, programs: Compiled | None = None
+) -> dict[str, float]:
+    """Relative norms of what is wrong with outputs and gradients; NaN where something was not computed.
+
+    programs: those of `check_job`, where they are compiled already. No other thread may use the device meanwhile: it
+    would be given the poisoned memory.
+    """
+    job = check_job(f, size, width, packing, seed)
+    if programs is None:
+        programs = compile_job(job, ("saved", "bwd"))
+    _, shapes, plan = job
+    own = prepared(job)
+    q, k, v, do = jax.block_until_ready(draw(shapes, seed))
+    # Compiling, and trying algorithms in doing so, takes memory: what is poisoned before it is no longer what results
+    # are written to.
+    poison(jax.eval_shape(lambda *x: jax.vjp(lambda q, k, v: f(q, k, v, own), *x), q, k, v))
+    o, transpose = jax.block_until_ready(programs["saved"](q, k, v, own))
+    poison((q, k, v))
+    gradients = jax.block_until_ready(programs["bwd"](transpose, do))
+    got = {"o": o} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
 
         def exact(x):
@@ -419,17 +454,41 @@ def compare_with_cudnn(table: Sequence[dict]) -> None:
             row["speed_over_cudnn"] = theirs / row["median_ms"]
 
 
-def admit(size: Size, width: int, seed: int) -> tuple[dict[str, Entrant], list[dict]]:
-    """The implementations that are right at this width, and a row on every one: its errors or why it is absent."""
-    admitted, rows = {}, []
-    shapes = shapes_of(size, width, size.lengths[0], rows=1)
-    for name in size.implementations:
-        f = implementation(name, shapes)
+def admit(size: Size, seed: int) -> tuple[dict[int, dict[str, Entrant]], list[dict]]:
+    """The implementations that are right, by width, and a row on every one: its errors, or in a line why it is absent."""
+    found: dict[tuple[int, str], Entrant | str] = {
+        (width, name): implementation(name, shapes_of(size, width, size.lengths[0], rows=1))
+        for width, name in itertools.product(size.widths, size.implementations)
+    }
+    jobs = {
+        (width, name, packing): check_job(f, size, width, packing, seed)
+        for (width, name), f in found.items()
+        for packing in PACKINGS
+        if not isinstance(f, str) and knows(name, packing)
+    }
+    programs = compiled(jobs, ("saved", "bwd"))
+    admitted: dict[int, dict[str, Entrant]] = {width: {} for width in size.widths}
+    rows = []
+    for (width, name), f in found.items():
+        row: dict[str, Any] = {"impl": name, "width": width}
+        rows.append(row)
         if isinstance(f, str):
-            rows.append({"impl": name, "width": width, "absent": f})
+            row["absent"] = f
             continue
-        packings = [packing for packing in PACKINGS if knows(name, packing)]
-        errors = {packing: errors_against_float64(f, size, width, packing, seed) for packing in packings}
+        mine = {packing: programs[width, name, packing] for packing in PACKINGS if knows(name, packing)}
+        reasons = [p for p in mine.values() if isinstance(p, str)]
+        if reasons:
+            row["absent"] = reasons[0]
+            continue
+        try:
+            # One after another: see errors_against_float64.
+            errors = {
+                packing: errors_against_float64(f, size, width, packing, seed, compiled)
+                for packing, compiled in mine.items()
+            }
+        except FAILURES as error:
+            row["absent"] = f"fails: {one_line(error)}"
+            continue
         # `not <=` and not `>`: NaN is wrong.
         wrong = [
             f"{packing} {key}"
@@ -438,10 +497,13 @@ def admit(size: Size, width: int, seed: int) -> tuple[dict[str, Entrant], list[d
             if not error <= TOLERANCE[size.dtype][key]
         ]
         # JSON has no NaN.
-        shown = {packing: {k: e if e == e else None for k, e in of.items()} for packing, of in errors.items()}
-        rows.append({"impl": name, "width": width, "errors": shown, "wrong": wrong})
+        row["errors"] = {
+            packing: {key: error if error == error else None for key, error in of.items()}
+            for packing, of in errors.items()
+        }
+        row["wrong"] = wrong
         if not wrong:
-            admitted[name] = f
+            admitted[width][name] = f
     return admitted, rows
 
 
@@ -463,14 +525,7 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     peaks = [matmul_peak(size, options)]
     bandwidth = copy_bandwidth(size, options)
     log(f"{device.device_kind}: matrix product {peaks[0]:.1f} TFLOP/s, copy {bandwidth:.0f} GB/s")
-    admitted, checks = {}, []
-    with ThreadPoolExecutor() as pool:
-        seed = time.time_ns() % 2**31
-        for width, (entrants, rows) in zip(
-            size.widths, pool.map(lambda width: admit(size, width, seed), size.widths), strict=True
-        ):
-            admitted[width] = entrants
-            checks += rows
+    admitted, checks = admit(size, seed=time.time_ns() % 2**31)
     for row in checks:
         log(check_line(row))
     jobs = {}
@@ -482,8 +537,13 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
             if knows(name, packing) and (name != "xla" or length <= size.dense_limit):
                 plan = plan_of(size, Case(direction="fwd", width=width, length=length, packing=packing), rows)
                 jobs[length, width, packing, name] = admitted[width][name], shapes, plan
-    programs = compiled(jobs, log)
-    log(f"{3 * len(programs)} programs compiled after {time.perf_counter() - began:.0f} s")
+    programs = {}
+    for key, found in compiled(jobs).items():
+        if isinstance(found, str):
+            log(f"{key} {found}")
+        else:
+            programs[key] = found
+    log(f"{len(PARTS) * len(programs)} programs compiled after {time.perf_counter() - began:.0f} s")
     table, left_out = [], []
     for length, width in problems_of(size):
         for case in cases_of(length, width):

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,6 +26,55 @@ def test_a_right_implementation_is_admitted_and_a_wrong_one_is_not():
         lambda q, k, v, plan: XLA(q, k, v, None), SMOKE, 32, "packed", seed=1
     )
     assert causal_only["o"] > 0.1
+
+
+def test_memory_is_poisoned_after_everything_is_compiled(monkeypatch):
+    """What compiling takes and frees would be what the results are written to, and hold no NaN any more."""
+    events = []
+
+    def attend(q, k, v, plan):
+        events.append("traced")
+        return XLA(q, k, v, plan)
+
+    def poison(like):
+        events.append("poisoned")
+        assert (1, 64, 4, 32) in {x.shape for x in jax.tree.leaves(like)}
+
+    compile_job = bench.compile_job
+    monkeypatch.setattr(bench, "compile_job", lambda *x: (compile_job(*x), events.append("compiled"))[0])
+    monkeypatch.setattr(bench, "poison", poison)
+    bench.errors_against_float64(attend, SMOKE, 32, "causal", seed=1)
+    assert events[events.index("compiled") + 1 :] == ["traced", "poisoned", "poisoned"]
+
+
+def test_what_does_not_compile_or_fails_is_a_line_and_stops_nothing_else(monkeypatch):
+    def refuses(q, k, v, plan):
+        raise RuntimeError("cuDNN is not detected.\nand much more")
+
+    def groups(q, k, v, plan):
+        raise ExceptionGroup("all failed", [ValueError("one"), ValueError("two")])
+
+    def fails(q, k, v, plan):
+        def stop(x):
+            raise ValueError("out of something")
+
+        o = jax.pure_callback(stop, q, jax.lax.stop_gradient(q))
+        return XLA(q, k, v, plan) + o
+
+    entrants = {"cudnn": refuses, "tokamax": groups, "tpu_interpret": fails}
+    find = bench.implementation
+    monkeypatch.setattr(
+        bench,
+        "implementation",
+        lambda name, *x: bench.Entrant(entrants[name]) if name in entrants else find(name, *x),
+    )
+    admitted, rows = bench.admit(SMOKE, seed=1)
+    assert list(admitted[32]) == ["xla"]
+    absent = {row["impl"]: row["absent"] for row in rows if "absent" in row}
+    assert absent["cudnn"] == "does not compile: RuntimeError: cuDNN is not detected."
+    assert absent["tokamax"].startswith("does not compile: ExceptionGroup: all failed")
+    assert absent["tpu_interpret"].startswith("fails: ")
+    assert all("\n" not in bench.check_line(row) for row in rows)
 
 
 def test_useful_work_is_the_allowed_pairs():
