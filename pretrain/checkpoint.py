@@ -254,7 +254,10 @@ class Checkpointer:
         """
         self.wait()
         if self._writer:
-            self._remove_temporaries()
+            try:
+                self._remove_temporaries()
+            except OSError as error:  # in the way of nothing: Orbax takes other names
+                self._log(f"checkpoint: an unfinished step stays for now: {error}")
         bad: list[tuple[int, str]] = []
         for step in reversed(same_everywhere(self.steps())):
             try:
@@ -366,7 +369,12 @@ class Checkpointer:
                 leaf["hash"] = hash_text(pair)
             body = {"format": _FORMAT, "step": step, "leaves": leaves, "files": _list_files(path)}
             write_atomic(path / MANIFEST, _manifest_text(body))
+        try:
             self._retain()
+        except (
+            OSError
+        ) as error:  # the save is good; what could not be deleted is tried again after the next one
+            self._log(f"checkpoint: an old step stays for now: {error}")
 
     def _retain(self) -> None:
         """Keep the last few and every n-th; drop the rest and whatever older has no manifest."""

@@ -9,10 +9,12 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Literal
 
 import jax
@@ -109,7 +111,7 @@ def membership(config: DistributedConfig, environment: Mapping[str, str]) -> Mem
 def joined(config: DistributedConfig) -> Iterator[None]:
     """Be one of the processes of a run inside the block; a block that ends without an error waits for the others.
 
-    When another process is lost, or is not done `end_timeout_s` after this one, this one says so and ends with code 7
+    Only the main thread may enter it. When another process is lost, or is not done `end_timeout_s` after this one, this one says so and ends with code 7
     (see `leave_if_lost`).
 
     Raises:
@@ -180,10 +182,10 @@ def wait_for_all(what: str) -> None:
 
 
 def _end_together(timeout_s: int) -> None:
-    """Wait until every process has come to its end, saying so twice a minute.
+    """Wait until every process has come to its end, saying so twice a minute; a SIGTERM meanwhile is only answered.
 
     jax's own farewell has the time limit by which a lost process is noticed, and whoever stays longer than that over
-    the summary would take all others down with it.
+    the summary would take all others down with it. So would whoever leaves at a SIGTERM: the others are still saving.
     """
     if jax.process_count() == 1:
         return
@@ -195,18 +197,25 @@ def _end_together(timeout_s: int) -> None:
         except BaseException as error:  # raised below, in the thread that owns the run
             failures.append(error)
 
+    def answer(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"\nSIGTERM: this process is done and waits for the others, which may still save\n")
+
     began = time.monotonic()
+    former = signal.signal(signal.SIGTERM, answer)
     # In a thread of its own: the main one speaks, and hears Ctrl-C.
     waiting = threading.Thread(target=wait, name="end", daemon=True)
     waiting.start()
-    while waiting.is_alive():
-        waiting.join(_SAY_EVERY_S)
-        if waiting.is_alive():
-            print(
-                f"process {jax.process_index()} of {jax.process_count()} is done and waits for the others, "
-                f"{time.monotonic() - began:.0f} s of at most distributed.end_timeout_s={timeout_s}",
-                flush=True,
-            )
+    try:
+        while waiting.is_alive():
+            waiting.join(_SAY_EVERY_S)
+            if waiting.is_alive():
+                print(
+                    f"process {jax.process_index()} of {jax.process_count()} is done and waits for the others, "
+                    f"{time.monotonic() - began:.0f} s of at most distributed.end_timeout_s={timeout_s}",
+                    flush=True,
+                )
+    finally:
+        signal.signal(signal.SIGTERM, former)
     if failures:
         raise failures[0]
 

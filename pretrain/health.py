@@ -344,9 +344,11 @@ def tree_fingerprint(tree: Any) -> str:
 
 
 class StopSignal:
-    """`with StopSignal() as stop:` the first SIGTERM or SIGINT sets `stop.requested`, the second one kills.
+    """`with StopSignal() as stop:` the first SIGTERM or SIGINT sets `stop.requested`, a later SIGINT kills.
 
-    Only the main thread may enter it. The former handlers come back on exit.
+    A later SIGTERM is only answered: launchers send it to a group and to its members, or again after a while, and
+    would kill the very save that the first one asked for. Whoever loses patience sends SIGKILL; a person at the
+    terminal presses Ctrl-C. Only the main thread may enter it. The former handlers come back on exit.
     """
 
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -365,11 +367,18 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:  # written files are atomic: dying here loses nothing that was saved
+        name = signal.Signals(number).name
+        if self.received is None:
+            self.received = name
+            impatient = "once more" if number == signal.SIGINT else "SIGINT"
+            text = f"{name}: saving and stopping; {impatient} to stop at once"
+        elif number == signal.SIGINT:  # written files are atomic: dying here loses nothing that was saved
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = signal.Signals(number).name
-        os.write(2, f"\n{self.received}: saving and stopping; once more to stop at once\n".encode())
+            return
+        else:
+            text = f"{name} again: still saving"
+        os.write(2, f"\n{text}\n".encode())
 
     @property
     def requested(self) -> bool:

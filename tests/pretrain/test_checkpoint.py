@@ -603,6 +603,33 @@ def test_retention_never_removes_the_newest_with_a_manifest(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "9"]
 
 
+def test_an_old_step_that_cannot_be_deleted_is_said_and_tried_again(tmp_path, monkeypatch):
+    log = []
+    writer = open_folder(tmp_path, CheckpointPolicy(keep_last=1), log=log)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", failing(shutil.rmtree, "/1", errno.EBUSY))
+        for step in (1, 2):
+            writer.save(make_state(step), step)
+            writer.wait()
+    (line,) = log
+    assert "an old step stays for now" in line
+    assert "Device or resource busy" in line
+    assert writer.steps() == [2], "a half-deleted step does not exist"
+    writer.save(make_state(3), 3)
+    writer.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3"]
+
+
+def test_a_leftover_that_cannot_be_deleted_is_said(folder, monkeypatch):
+    leftover = shutil.copytree(folder / "2", folder / "4.orbax-checkpoint-tmp")
+    log = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", failing(shutil.rmtree, leftover.name, errno.EBUSY))
+    restored = open_folder(folder, log=log).restore_latest(abstract(make_state(0)))
+    assert restored is not None
+    assert restored[1] == 3
+    assert "an unfinished step stays for now" in log[0]
+
+
 def test_time_based_saves(tmp_path):
     writer = open_folder(tmp_path, CheckpointPolicy(every_s=1000.0))
     writer.save(make_state(0), 1)

@@ -495,6 +495,18 @@ def test_all_wait_for_a_process_that_is_late_at_the_end(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sigterm_at_the_end_is_answered_and_nobody_leaves_early(tmp_path):
+    program = LATE.replace("    if distributed.is_writer():", """
+    if not distributed.is_writer():
+        import os, signal, threading
+        threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:""")  # fmt: skip
+    codes, logs = two_processes(tmp_path, program, 100)
+    assert codes == [0, 0], "\n".join(logs)
+    assert "SIGTERM: this process is done and waits for the others" in logs[1]
+
+
+@pytest.mark.slow
 def test_a_process_that_is_too_late_at_the_end_is_lost(tmp_path):
     codes, logs = two_processes(tmp_path, LATE, 3)
     assert codes[1] == 7, logs[1]

@@ -316,28 +316,48 @@ def test_the_first_signal_sets_a_flag_and_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is former
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_second_signal_kills(number):
-    child = run_program(
-        """
-        import time
-        from pretrain.health import StopSignal
-        with StopSignal() as stop:
-            print("ready", flush=True)
-            while not stop.requested:
-                time.sleep(0.01)
-            print("asked", flush=True)
-            time.sleep(60)
-        """
-    )
+STOPPING = """
+import time
+from pretrain.health import StopSignal
+with StopSignal() as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print("saving", flush=True)
+    time.sleep(SAVING_S)
+print("saved", flush=True)
+"""
+
+
+def asked_to_stop(number, saving_s):
+    """A process that has heard its first signal and saves."""
+    child = run_program(STOPPING.replace("SAVING_S", str(saving_s)))
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     child.send_signal(number)
-    assert child.stdout.readline() == "asked\n"
-    child.send_signal(number)
+    assert child.stdout.readline() == "saving\n"
+    return child
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_further_sigterms_leave_the_save_alone(first):
+    child = asked_to_stop(first, saving_s=2)
+    for _ in range(3):
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    output, errors = child.communicate(timeout=30)
+    assert child.returncode == 0, errors
+    assert output == "saved\n"
+    assert errors.count("SIGTERM again: still saving") == 3
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_sigint_after_a_signal_stops_at_once(first):
+    child = asked_to_stop(first, saving_s=60)
+    child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=30)
-    assert child.returncode == -number
-    assert "once more to stop at once" in errors
+    assert child.returncode == -signal.SIGINT
+    assert "to stop at once" in errors
 
 
 def test_a_hang_dumps_stacks_and_exits_5_but_slow_steps_and_patience_do_not(tmp_path):
