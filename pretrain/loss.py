@@ -38,14 +38,17 @@ class LossConfig:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["objective", "nll", "z", "weight", "nll_by_source", "weight_by_source", "router"],
+    data_fields=[
+        "objective", "nll", "z", "weight", "nll_by_source", "weight_by_source", "router", "router_objective"
+    ],
     meta_fields=[],
-)
+)  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class LossSums:
     """Sums over tokens, float32, nats; they add over chunks, microbatches and devices.
 
-    Only `objective` = nll + z_weight * z carries a gradient; divide it by the global weight.
+    Only `objective` = nll + z_weight * z and `router_objective` carry a gradient. The first is divided by the global
+    weight, the second by the number of tokens routed: a router sends tokens on whatever they weigh as targets.
     """
 
     objective: jax.Array
@@ -55,10 +58,19 @@ class LossSums:
     nll_by_source: jax.Array  # [num_sources]
     weight_by_source: jax.Array
     router: RouterSums | None = None  # of a model with experts
+    router_objective: jax.Array | None = None
 
     def with_router(self, router: RouterSums, config: MoeConfig) -> "LossSums":
-        """These sums with the losses of the routers in the objective."""
-        return dataclasses.replace(self, objective=self.objective + router.objective(config), router=router)
+        """These sums and those of the routers, whose losses stay apart."""
+        return dataclasses.replace(self, router=router, router_objective=router.objective(config))
+
+    def mean_objective(self) -> jax.Array:
+        """What the sums of a whole batch say per token, zero without a target."""
+        mean = self.objective / jnp.where(self.weight > 0, self.weight, 1.0)
+        if self.router is None or self.router_objective is None:
+            return mean
+        tokens = jnp.max(self.router.tokens)  # every layer routes the same ones
+        return mean + self.router_objective / jnp.maximum(tokens, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """One pure training step: (state, batch) -> (state, metrics), jitted, the state donated.
 
-A step that the health guard refuses changes no bit of parameters or optimizer state. Losses are sums; they are
-divided once, by the weight of the global batch, so the result does not depend on how it was cut into
-microbatches beyond rounding.
+A step that the health guard refuses, or whose batch weighs nothing, changes no bit of parameters or optimizer state.
+Losses are sums; they are divided once, by the weight of the global batch (those of routers by the tokens routed), so the
+result does not depend on how it was cut into microbatches beyond rounding.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ from pretrain.model.transformer import (
 from pretrain.sharding import DATA_AXES, OnMesh, activation_spec, axis_size, in_turn, replicated
 
 Metrics = dict[str, jax.Array]
-# (params, batch) -> sums with at least `objective` (differentiated) and `weight`; all of it adds up.
+# (params, batch) -> sums with at least `objective` (differentiated) and `weight`; all of it adds up. Sums with a
+# router weigh the batch by its weights_BT.
 LossFunction = Callable[[Params, Batch], LossSums]
 
 
@@ -172,11 +173,18 @@ def _microbatches(batch: Batch, num_microbatches: int) -> Batch:
 def _sums_and_gradient(
     loss: LossFunction, params: Params, batch: Batch, num_microbatches: int
 ) -> tuple[LossSums, Params]:
-    """Sums over the whole batch and the gradient of the summed objective."""
+    """Sums over the whole batch and the gradient of the summed objective, to be divided by the weight."""
+    # Weight and tokens of the whole batch are known before any part of it is run: multiplied by their ratio here, the
+    # routers' losses are divided by their tokens when all is divided by the weight. Dead code without a router.
+    weight = jnp.sum(batch.weights_BT.astype(jnp.float32))
+    tokens = jnp.sum((batch.segment_ids_BT1[:, :-1] > 0).astype(jnp.float32))
+    per_token = weight / jnp.maximum(tokens, 1.0)
 
     def objective(params: Params, part: Batch) -> tuple[jax.Array, LossSums]:
         sums = loss(params, part)
-        return sums.objective, sums
+        if sums.router_objective is None:
+            return sums.objective, sums
+        return sums.objective + per_token * sums.router_objective, sums
 
     gradient = jax.grad(objective, has_aux=True)
 
@@ -229,14 +237,18 @@ def make_train_step(
         grads = jax.tree.map(lambda g: _mean(g, sums.weight), grads)
         grad_norm = optax.tree.norm(grads)
         before = renewed(state.health, state.step, new_data_steps)
-        guard_state, ok = guard(before, _mean(sums.objective, sums.weight), grad_norm, health)
+        guard_state, ok = guard(before, sums.mean_objective(), grad_norm, health)
+        # A batch without a target is no bad step, and its loss of zero is no measure for the next ones.
+        is_empty = sums.weight <= 0
+        ok = ok | is_empty
+        guard_state = keep_if(~is_empty, guard_state, before)
         with jax.numpy_dtype_promotion("standard"):
             load_LE = None if sums.router is None else sums.router.load_E
             updates, opt_state = optimizer.update(
                 grads, state.opt_state, trained, step=state.step, expert_load_LE=load_LE
             )
             moved = optax.apply_updates(trained, updates)
-        moved, opt_state = keep_if(ok, (moved, opt_state), (trained, state.opt_state))
+        moved, opt_state = keep_if(ok & ~is_empty, (moved, opt_state), (trained, state.opt_state))
         params = with_trained_part(state.params, moved)
         metrics = {
             "loss": _mean(sums.nll, sums.weight),

@@ -90,7 +90,7 @@ class RouterSums:
     tokens: jax.Array
 
     def objective(self, config: MoeConfig) -> jax.Array:
-        """What joins the summed objective of the loss, all layers together."""
+        """The routers' losses summed over tokens, all layers together; to be divided by the tokens of one layer."""
         total = config.z_weight * jnp.sum(self.z)
         if isinstance(config.balance, LossBalance):
             total = total + config.balance.weight * jnp.sum(self.balance)

@@ -123,8 +123,7 @@ def short_run(params: Params, model: ModelConfig, optim: OptimConfig, batch: Bat
     optimizer = make_optimizer(optim, num_steps, params, model)
 
     def mean_loss(params: Params) -> jax.Array:
-        sums = loss(params, batch)
-        return sums.objective / sums.weight
+        return loss(params, batch).mean_objective()
 
     def step(carry: tuple[Params, Any], index: jax.Array) -> tuple[tuple[Params, Any], None]:
         params, state = carry

@@ -10,11 +10,19 @@ import pytest
 
 from pretrain.config import ConfigError
 from pretrain.data.batch import Batch
-from pretrain.loss import cross_entropy
-from pretrain.model.transformer import ModelConfig, abstract_params, param_shardings
+from pretrain.loss import LossConfig, cross_entropy
+from pretrain.model.moe import BiasBalance, LossBalance, MoeConfig
+from pretrain.model.transformer import ModelConfig, abstract_params, init_params, param_shardings
 from pretrain.optim import AdamWConfig, Constant, MuonConfig, OptimConfig, make_optimizer
 from pretrain.sharding import MeshConfig, make_mesh
-from pretrain.step import abstract_state, check_batch, make_eval_step, make_train_step, new_state
+from pretrain.step import (
+    abstract_state,
+    check_batch,
+    language_model_loss,
+    make_eval_step,
+    make_train_step,
+    new_state,
+)
 
 VOCAB, WIDTH, ROWS, LENGTH, SOURCES = 13, 8, 16, 6, 3
 # With rate one the parameters move by the gradient itself.
@@ -112,6 +120,60 @@ def test_a_batch_without_weight_moves_nothing():
     assert not any(np.any(move) for move in jax.tree.leaves(moves))
     assert (metrics["loss"], metrics["grad_norm"], metrics["weight"]) == (0.0, 0.0, 0.0)
     assert metrics["ok"]
+
+
+EXPERTS = ModelConfig(
+    num_layers=2, width=8, num_heads=2, num_kv_heads=1, head_width=4, hidden_width=8, dtype="float32", remat="none",
+    moe=MoeConfig(num_experts=4, num_active=2, balance=LossBalance(weight=0.5), z_weight=0.5),
+)  # fmt: skip
+
+
+def moves_of_experts(moe, weights_BT, num_microbatches=1):
+    """How far each parameter moves against the gradient, half of a row being padding."""
+    model = dataclasses.replace(EXPERTS, moe=moe)
+    segments = np.repeat([[1] * 4 + [0] * 3], ROWS, axis=0).astype(np.int32)
+    step = make_train_step(
+        language_model_loss(model, LossConfig(), SOURCES), DESCENT, num_microbatches=num_microbatches
+    )
+    before = jax.device_get(init_params(model, VOCAB, seed=0))
+    rows = dataclasses.replace(batch(), segment_ids_BT1=segments, weights_BT=weights_BT.astype(np.float32))
+    after, _ = step(new_state(init_params(model, VOCAB, seed=0), DESCENT), rows)
+    return jax.tree.map(lambda new, old: np.asarray(new - old), after.params, before)
+
+
+def test_losses_of_a_router_are_means_over_its_tokens_whatever_these_weigh_as_targets():
+    """What they add to the step is the same whether all targets weigh one or few weigh something."""
+    all_of_them = np.repeat([[1] * 3 + [0] * 3], ROWS, axis=0)
+    few = all_of_them * (np.arange(ROWS) % 8 == 3)[:, None]
+    without = dataclasses.replace(EXPERTS.moe, balance=LossBalance(weight=0.0), z_weight=0.0)
+    added = []
+    for weights_BT, num_microbatches in ((all_of_them, 1), (few, 1), (few, 4)):
+        moves = [moves_of_experts(moe, weights_BT, num_microbatches) for moe in (EXPERTS.moe, without)]
+        added.append(jax.tree.map(np.subtract, *moves))
+    assert np.abs(added[0]["blocks"]["mlp"]["router"]).max() > 0.01
+    for other in added[1:]:
+        for wanted, found in zip(jax.tree.leaves(added[0]), jax.tree.leaves(other), strict=True):
+            # Differences of float32 moves, some of which are of the order of ten.
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", [AdamWConfig(), MuonConfig()], ids=["adamw", "muon"])
+@pytest.mark.parametrize("balance", [BiasBalance(rate=0.1), LossBalance(weight=0.5)], ids=["bias", "loss"])
+def test_a_batch_without_weight_changes_no_bit_of_a_model_with_experts(method, balance):
+    """Neither decay, nor moments, nor a router, nor what the guard takes for usual."""
+    model = dataclasses.replace(EXPERTS, moe=dataclasses.replace(EXPERTS.moe, balance=balance))
+    optim = OptimConfig(method=method, peak_lr=1e-2, schedule=Constant())
+    optimizer = make_optimizer(optim, 9, abstract_params(model, VOCAB), model)
+    step = make_train_step(language_model_loss(model, LossConfig(), SOURCES), optimizer)
+    empty = dataclasses.replace(batch(), weights_BT=np.zeros((ROWS, LENGTH), np.float32))
+    state, _ = step(new_state(init_params(model, VOCAB, seed=0), optimizer), batch())
+    before = jax.device_get(state)
+    after, metrics = jax.device_get(step(state, empty))
+    assert after.step == before.step + 1
+    assert metrics["ok"]
+    for name in ("params", "opt_state", "health"):
+        for old, new in zip(*(jax.tree.leaves(getattr(s, name)) for s in (before, after)), strict=True):
+            assert np.asarray(old).tobytes() == np.asarray(new).tobytes(), name
 
 
 @pytest.mark.parametrize("method", [AdamWConfig(), MuonConfig()], ids=["adamw", "muon"])

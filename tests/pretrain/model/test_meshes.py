@@ -100,9 +100,9 @@ def value_gradients_hidden(model: ModelConfig):
             hidden, head_DV(params, model), batch.tokens_BT1[:, 1:], batch.weights_BT, batch.source_B,
             num_sources=1, z_weight=LossConfig().z_weight, chunk_tokens=1024,
         )  # fmt: skip
-        if router is not None:
-            sums = sums.with_router(router, model.moe)
-        return sums.objective, hidden
+        if router is None:
+            return sums.objective, hidden
+        return sums.objective + sums.with_router(router, model.moe).router_objective, hidden
 
     def run(params, batch):
         (value, hidden), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
