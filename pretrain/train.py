@@ -38,6 +38,9 @@ from pretrain.health import (
     StopSignal,
     TooManySkips,
     Watchdog,
+    fingerprint_of_hashes,
+    hash_leaves,
+    named_leaves,
     read_ledger,
     tree_fingerprint,
 )
@@ -75,6 +78,8 @@ class RunConfig:
     stop_step: int | None = local(None)
     log_every_steps: int = local(10)
     eval_every_steps: int | None = local(None)
+    # A hash of all parameters, which two runs of one config must share: where they part, a chip or a program erred.
+    fingerprint_every_steps: int | None = local(1000)
     writers: tuple[Any, ...] = local((TensorBoardConfig(),))
 
     def __post_init__(self):
@@ -82,7 +87,7 @@ class RunConfig:
         for name in ("num_steps", "num_microbatches", "log_every_steps"):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("stop_step", "eval_every_steps"):
+        for name in ("stop_step", "eval_every_steps", "fingerprint_every_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 faults.append(f"{name} must be at least 1 or none, got {value}")
@@ -273,6 +278,9 @@ class _Loop:
         self._step_flops: dict[int, flops.Executed | None] = {}
         self._executed = 0.0  # FLOPs since the last line
         self._packed = {"packed_tokens": 0.0, "packed_pairs": 0.0}  # since the last line
+        self._hashes: tuple[int, list[str], Any] | None = (
+            None  # on their way from the device: step, names, hashes
+        )
         self._passed_tokens = 0  # since the last line, of steps that were skipped without computing them
         self.writers = Writers([])
         if is_writer():
@@ -323,10 +331,14 @@ class _Loop:
                 watchdog.beat(step)
                 due = self._is_due(step, last_step)
                 with self.clock.phase("step"):  # several processes wait for each other, and so for the step
+                    self._write_fingerprint()
+                    self._fingerprint(step, state)
                     save = step == last_step or self.checkpointer.due(step)
-                if pending is not None and (due or save):
+                if due or save:
                     with self.clock.phase("step"):  # it waits for the step to end
-                        self._record(step, *pending, progress)
+                        if pending is not None:
+                            self._record(step, *pending, progress)
+                        self._write_fingerprint()
                     pending = None
                 # Saved first: whatever an evaluation may run into, the steps before it are not lost.
                 if save:
@@ -336,9 +348,10 @@ class _Loop:
                     with watchdog.patience(3600):
                         evaluation = self._evaluate(step, state, progress)
                 self.checkpointer.poll()
-            if pending is not None:
-                with self.clock.phase("step"):
+            with self.clock.phase("step"):
+                if pending is not None:
                     self._record(step, *pending, progress)
+                self._write_fingerprint()
             with watchdog.patience(3600):
                 self._save(step, state)
                 self.checkpointer.wait()
@@ -420,6 +433,20 @@ class _Loop:
         }
         self.writers.write(step, "train", line)
         progress.update(step, loss=line["loss"], tokens_per_second=rate)
+
+    def _fingerprint(self, step: int, state: TrainState) -> None:
+        """Hash the parameters when that is due; dispatched before the next step takes their buffers."""
+        interval = self.config.run.fingerprint_every_steps
+        if interval is not None and step % interval == 0:
+            self._hashes = step, list(named_leaves(state.params)), hash_leaves(state.params)
+
+    def _write_fingerprint(self) -> None:
+        """The line of the last hash, by now a step old, so that nothing waits for it."""
+        if self._hashes is not None:
+            step, names, hashes = self._hashes
+            self._hashes = None
+            fingerprint = fingerprint_of_hashes(names, jax.device_get(hashes))
+            self.writers.write(step, "fingerprint", {"params_fingerprint": fingerprint})
 
     def _skip_again(self, step: int, state: TrainState, progress: ProgressView) -> TrainState:
         """The state after `step`, which the ledger's file says was skipped; it has no line of its own."""

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from pretrain import train as loop
-from pretrain.checkpoint import saved_steps
-from pretrain.config import apply_overrides, load_config, local
+from pretrain.checkpoint import restore_params, saved_steps
+from pretrain.config import ConfigError, apply_overrides, load_config, local
 from pretrain.data.loader import RowBatches
 from pretrain.data.mixture import BatchStage
-from pretrain.health import TooManySkips
+from pretrain.health import TooManySkips, tree_fingerprint
 from pretrain.main import main
 from pretrain.model.moe import MoeConfig
 from pretrain.train import EXIT_PREEMPTED, TrainConfig, run_dir, train
@@ -150,6 +150,37 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_the_next_one_goes_on_af
     assert train(config, name="nan").exit_code == 0
     assert json.loads(run.summary_json.read_text())["skipped_steps"] == 3
     assert [line["step"] for line in train_lines(run)] == [1, 5]
+
+
+def fingerprints(run) -> dict[int, str]:
+    lines = [json.loads(line) for line in run.metrics_jsonl.read_text().splitlines()]
+    return {line["step"]: line["params_fingerprint"] for line in lines if line["kind"] == "fingerprint"}
+
+
+def test_fingerprints_are_those_of_the_parameters_and_two_runs_share_them(tmp_path):
+    """One run goes through, one stops at a step with a fingerprint and goes on, one has another seed."""
+    often = ("run.fingerprint_every_steps=2", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
+    runs = []
+    for name, parts in (
+        ("whole", ((),)),
+        ("parted", (("run.stop_step=2",), ())),
+        ("other", (("run.seed=7",),)),
+    ):
+        for overrides in parts:
+            config = poisoned(tmp_path, (), *often, *overrides)
+            assert train(config, name=name).exit_code == 0
+        runs.append(run_dir(config, name))
+    whole, parted, other = (fingerprints(run) for run in runs)
+    assert whole == {
+        step: tree_fingerprint(restore_params(runs[0].checkpoints, step=step)) for step in (2, 4)
+    }
+    assert parted == whole
+    assert not set(other.values()) & set(whole.values())
+    never = poisoned(tmp_path, (), "run.fingerprint_every_steps=none")
+    assert train(never, name="never").exit_code == 0
+    assert fingerprints(run_dir(never, "never")) == {}
+    with pytest.raises(ConfigError, match="fingerprint_every_steps must be at least 1 or none, got 0"):
+        poisoned(tmp_path, (), "run.fingerprint_every_steps=0")
 
 
 def test_sigterm_in_the_middle_of_steps_saves_and_the_same_command_goes_on(tmp_path):
