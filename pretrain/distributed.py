@@ -1,8 +1,8 @@
 """The processes of one run: how they find each other, which of them writes, and what happens when one is lost.
 
 Every process runs the same program on its own devices; process 0 coordinates and is the only one that writes files.
-Who is who comes from SLURM, from a TPU's own metadata, from the variables that torchrun-like launchers set, or from
-the config. A process whose peer is gone ends with code 7 and one line, for its launcher to start the run again.
+Who is who comes from SLURM, from a TPU's own metadata, from Ray, from the variables that torchrun-like launchers set, or
+from the config. A process whose peer is gone ends with code 7 and one line, for its launcher to start the run again.
 """
 
 import contextlib
@@ -26,15 +26,16 @@ from pretrain.config import ConfigError, local
 
 EXIT_PEER_LOST = 7
 _SAY_EVERY_S = 30.0
-_CLUSTERS = ("none", "slurm", "tpu", "torchrun", "explicit")
+_CLUSTERS = ("none", "slurm", "tpu", "ray", "torchrun", "explicit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """How the processes of a run find each other; `none` is one process alone."""
 
-    cluster: Literal["none", "slurm", "tpu", "torchrun", "explicit"] = local("none")
-    # host:port on which process 0 listens; for slurm its port alone will do, 12321 by default.
+    cluster: Literal["none", "slurm", "tpu", "ray", "torchrun", "explicit"] = local("none")
+    # host:port on which process 0 listens; for slurm its port alone will do, 12321 by default. A driver of Ray may pass
+    # this and the next two, and what it leaves out comes from the variables that Ray Train sets.
     coordinator: str = local("")
     num_processes: int | None = local(None)
     process_id: int | None = local(None)
@@ -56,16 +57,17 @@ class DistributedConfig:
             missing = [name for name, value in given.items() if value is None]
             if missing:
                 faults.append(f"cluster=explicit needs {', '.join(missing)} as well")
-        elif self.cluster != "slurm" and any(value is not None for value in given.values()):
+        elif self.cluster not in ("slurm", "ray") and any(value is not None for value in given.values()):
             named = next(name for name, value in given.items() if value is not None)
-            faults.append(f"{named} belongs to cluster=explicit, got cluster={self.cluster}")
+            faults.append(f"{named} belongs to cluster=explicit or ray, got cluster={self.cluster}")
         if self.num_processes is not None and self.num_processes < 1:
             faults.append(f"num_processes must be at least 1, got {self.num_processes}")
         if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 1 << 30):
             faults.append(
                 f"process_id must lie in [0, num_processes={self.num_processes}), got {self.process_id}"
             )
-        if self.coordinator and not re.fullmatch(r"(\S+:)?\d+", self.coordinator):
+        address = r"(\S+:)?\d+" if self.cluster == "slurm" else r"\S+:\d+"
+        if self.coordinator and not re.fullmatch(address, self.coordinator):
             faults.append(f"coordinator must be host:port, got {self.coordinator!r}")
         for name in ("join_timeout_s", "heartbeat_timeout_s", "end_timeout_s"):
             if getattr(self, name) < 1:
@@ -101,6 +103,10 @@ def membership(config: DistributedConfig, environment: Mapping[str, str]) -> Mem
             )
         case "slurm":
             return _of_slurm(config, _Variables(environment, "slurm", "srun"))
+        case "ray":
+            return _of_ray(
+                config, _Variables(environment, "ray", "Ray Train's torch backend or tools.ray_pod")
+            )
         case "torchrun":
             return _of_torchrun(_Variables(environment, "torchrun", "torchrun, or a launcher like it"))
         case _:
@@ -285,6 +291,9 @@ class _Variables:
             raise ConfigError(f"{names[0]} must be a number, got {text!r}")
         return int(text)
 
+    def text_or(self, default: str, name: str) -> str:
+        return self._environment.get(name, default)
+
     def number_or(self, default: int, *names: str) -> int:
         return self.number(*names) if any(name in self._environment for name in names) else default
 
@@ -302,6 +311,27 @@ def _of_slurm(config: DistributedConfig, variables: _Variables) -> Membership:
         process_id=variables.number("SLURM_PROCID"),
         # One task a host takes all of its devices; several share them out.
         local_device=variables.number("SLURM_LOCALID") if num_processes > num_hosts else None,
+    )
+
+
+def _of_ray(config: DistributedConfig, variables: _Variables) -> Membership:
+    """What a driver passed, and for the rest the variables of Ray Train's torch backend (ray/train/torch/config.py).
+
+    That backend shows every worker all GPUs that the workers of its node hold together; any other worker of Ray sees
+    its own only, all of which it takes. A worker starts `pretrain.main` as a program, as tools.ray_pod does: signals
+    reach the main thread alone, and Ray Train calls its function in another.
+    """
+    coordinator = config.coordinator or f"{variables.text('MASTER_ADDR')}:{variables.number('MASTER_PORT')}"
+    num_local = variables.number_or(1, "LOCAL_WORLD_SIZE")
+    num_visible = len(variables.text_or("", "CUDA_VISIBLE_DEVICES").replace(",", " ").split())
+    shared = 1 < num_local == num_visible
+    return Membership(
+        coordinator=coordinator,
+        num_processes=variables.number("WORLD_SIZE")
+        if config.num_processes is None
+        else config.num_processes,
+        process_id=variables.number("RANK") if config.process_id is None else config.process_id,
+        local_device=variables.number("LOCAL_RANK") if shared else None,
     )
 
 

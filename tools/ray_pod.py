@@ -1,6 +1,6 @@
 """Train on the nodes of a Ray cluster, one process a node: `python -m tools.ray_pod HOSTS --config FILE key=value ...`.
 
-Ray finds the hosts and starts the processes; these find each other by explicit settings, like anywhere else. The folder
+Ray finds the hosts and starts the processes; these find each other by what this driver tells them. The folder
 run.workdir must be one that all nodes see. A hang (5) or a lost process (7) starts all processes again. Needs the
 extra `ray`; GPUs or TPUs of a host are claimed by --resources, for instance '{"GPU": 8}'.
 """
@@ -54,7 +54,7 @@ def run_once(num_hosts: int, resources: dict[str, float], arguments: list[str]) 
         ]
         coordinator = ray.get(hosts[0].coordinator.remote())
         settings = [
-            "distributed.cluster=explicit",
+            "distributed.cluster=ray",
             f"distributed.coordinator={coordinator}",
             f"distributed.num_processes={num_hosts}",
         ]

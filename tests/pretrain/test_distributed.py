@@ -67,9 +67,35 @@ def test_torchrun_says_who_we_are():
     assert several == dataclasses.replace(found, local_device=1)
 
 
+RAY_TRAIN = variables(
+    master_addr="host0", master_port=99, world_size=4, rank=3, local_world_size=2, local_rank=1, node_rank=1
+)
+
+
+@pytest.mark.parametrize(
+    ("visible", "device"),
+    [(None, None), ("5", None), ("0,1", 1), ("0,1,2,3", None)],
+    ids=["no GPUs", "its own", "one of those of its node", "several each"],
+)
+def test_ray_train_says_who_we_are(visible, device):
+    environment = RAY_TRAIN if visible is None else RAY_TRAIN | {"CUDA_VISIBLE_DEVICES": visible}
+    found = membership(DistributedConfig(cluster="ray"), environment)
+    assert found == Membership(coordinator="host0:99", num_processes=4, process_id=3, local_device=device)
+
+
+def test_what_a_driver_of_ray_passes_comes_before_the_variables():
+    passed = {"coordinator": "driver:7", "num_processes": 2, "process_id": 0}
+    config = DistributedConfig(cluster="ray", **passed)
+    assert membership(config, {}) == membership(config, RAY_TRAIN) == Membership(**passed)
+    part = DistributedConfig(cluster="ray", coordinator="driver:7")
+    assert membership(part, RAY_TRAIN) == Membership(coordinator="driver:7", num_processes=4, process_id=3)
+
+
 @pytest.mark.parametrize(
     ("cluster", "environment", "words"),
     [
+        ("ray", {}, "cluster=ray reads MASTER_ADDR, which is not set"),
+        ("ray", {k: v for k, v in RAY_TRAIN.items() if k != "RANK"}, "reads RANK, which is not set"),
         ("slurm", {}, "SLURM_STEP_NODELIST, which is not set"),
         ("torchrun", variables(master_addr="a"), "MASTER_PORT, which is not set"),
         (
@@ -91,6 +117,7 @@ def test_missing_variables_are_one_clear_line(cluster, environment, words):
         ({"cluster": "explicit"}, "needs coordinator, num_processes, process_id as well"),
         ({"num_processes": 2}, "num_processes belongs to cluster=explicit"),
         ({"cluster": "slurm", "coordinator": "host"}, "coordinator must be host:port"),
+        ({"cluster": "ray", "coordinator": "123"}, "coordinator must be host:port"),
         (
             {"cluster": "explicit", "coordinator": "a:1", "num_processes": 2, "process_id": 2},
             "process_id must lie in",
