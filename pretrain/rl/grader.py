@@ -38,7 +38,11 @@ class Grader:
         self.close()
 
     def grade(self, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
-        """One grade for each item, in order."""
+        """One grade for each item, in order.
+
+        Raises:
+          RuntimeError: the process that is to grade cannot be started.
+        """
         grades: list[Grade] = []
         while len(grades) < len(items):
             connection = self._open()
@@ -48,7 +52,7 @@ class Grader:
                     if not connection.poll(self._timeout_s):
                         grades.append(Grade(None, "timeout"))
                         break
-                    grades.append(_checked(*connection.recv()))
+                    grades.append(Grade(*connection.recv()))
                 else:
                     return grades
             except (EOFError, OSError):
@@ -72,19 +76,17 @@ class Grader:
             self._process = context.Process(target=_work, args=(theirs, self._reward), daemon=True)
             self._process.start()
             theirs.close()
-            self._connection.send([])  # starting up is not the first item's time
-            self._connection.recv()
+            try:
+                self._connection.send([])  # starting up is not the first item's time
+                self._connection.recv()
+            except (EOFError, OSError):
+                self.close()
+                raise RuntimeError(
+                    f"a reward must be importable in a process of its own, got {type(self._reward).__qualname__}, whose "
+                    "process ended before its first item; define it at the top of a module"
+                ) from None
         assert self._connection is not None
         return self._connection
-
-
-def _checked(ok: bool, value: Any) -> Grade:
-    """A grade from what the worker sent."""
-    if not ok:
-        return Grade(None, "raised")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return Grade(None, "not a number")
-    return Grade(float(value)) if math.isfinite(value) else Grade(None, "not finite")
 
 
 def _work(connection: Connection, reward: Reward) -> None:
@@ -92,12 +94,21 @@ def _work(connection: Connection, reward: Reward) -> None:
         while True:
             items = connection.recv()
             if not items:
-                connection.send((True, 0.0))
+                connection.send((None, "ready"))
             for problem, text in items:
-                try:
-                    answer = (True, reward(problem, text))
-                except Exception as error:  # whatever a reward raises costs its sample alone
-                    answer = (False, repr(error)[:200])
-                if not isinstance(answer[1], (int, float, str)):
-                    answer = (True, "of another type")
-                connection.send(answer)
+                connection.send(_checked(reward, problem, text))
+
+
+def _checked(reward: Reward, problem: Problem, text: str) -> tuple[float | None, str]:
+    """(reward, why there is none), of plain types: no object that a reward made is unpickled by the policy's process."""
+    try:
+        value = reward(problem, text)
+    except Exception:  # whatever a reward raises costs its sample alone
+        return None, "raised"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None, "not a number"
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond all floats
+        return None, "not finite"
+    return (number, "") if math.isfinite(number) else (None, "not finite")

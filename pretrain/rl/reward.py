@@ -43,6 +43,10 @@ def read_number(text: str) -> Fraction | None:
     return -value if found["sign"] == "-" else value
 
 
+# TeX sets all of these as a box: \boxed {7} beside \boxed{8} is two answers.
+_BOX = re.compile(r"\\[a-zA-Z]*box(?:ed)?(?![a-zA-Z])")
+
+
 def _whole(text: str) -> str | None:
     return text
 
@@ -54,9 +58,9 @@ def _after_hashes(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    r"""The content of the only \boxed{..}; several boxes are no answer."""
+    r"""The content of the only \boxed{..}; several boxes are no answer, however they are spelled."""
     parts = text.split("\\boxed{")
-    if len(parts) != 2:
+    if len(parts) != 2 or len(_BOX.findall(text)) != 1:
         return None
     depth = 1
     for place, character in enumerate(parts[1]):

@@ -1,0 +1,155 @@
+"""Rollouts: bad rewards drop their samples, the policy's process computes none, and what is pending survives a restart."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from pretrain.config import ConfigError
+from pretrain.model.transformer import ModelConfig, init_params
+from pretrain.rl.policy_loss import PolicyLossConfig
+from pretrain.rl.problem import ArithmeticConfig
+from pretrain.rl.rollout import RolloutBatches, RolloutConfig
+from pretrain.sharding import MeshConfig, make_mesh
+from pretrain.tokenizer import BytesConfig
+
+MODEL = ModelConfig(
+    num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_width=8, hidden_width=32, dtype="float32"
+)
+PROBLEMS = ArithmeticConfig(max_operand=9, num_train=8, num_heldout=4)
+P = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Pid:
+    """Who computes rewards."""
+
+    def __call__(self, problem, text):
+        return float(os.getpid())
+
+
+@dataclasses.dataclass(frozen=True)
+class Faulty:
+    """Fails in its own way on every second problem."""
+
+    def __call__(self, problem, text):
+        match [p.id for p in PROBLEMS.train()].index(problem.id):
+            case 0:
+                raise ValueError("no")
+            case 2:
+                time.sleep(60)
+            case 4:
+                return math.nan
+            case 6:
+                return "1.0"
+        return (sum(text.encode()) % 7) / 7
+
+
+def batches(reward, **changes):
+    values = {
+        "problems": PROBLEMS, "reward": reward, "tokenizer": BytesConfig(),
+        "prompts_per_step": 4, "samples_per_prompt": P, "max_prompt_tokens": 6, "max_new_tokens": 3, "slots": 8,
+        "updates_per_rollout": 2, "reward_timeout_s": 0.5, **changes,
+    }  # fmt: skip
+    config = RolloutConfig(**values)
+    tokenizer = config.tokenizer.build("", None)
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    return RolloutBatches(config, MODEL, PolicyLossConfig(chunk_tokens=16), tokenizer, seed=5, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(MODEL, BytesConfig().build("", None).vocab_size, seed=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """Of the bytes: samples of a group differ, and nothing fails."""
+
+    def __call__(self, problem, text):
+        return (sum(text.encode()) % 7) / 7
+
+
+def same(left, right):
+    return all(
+        np.array_equal(np.asarray(getattr(left, f.name)), np.asarray(getattr(right, f.name)))
+        for f in dataclasses.fields(left)
+    )
+
+
+def test_bad_rewards_drop_their_samples_and_are_counted(params):
+    source = batches(Faulty())
+    try:
+        parts = [source.next(step, params) for step in (0, 1)]  # one rollout, every problem once
+        report = source.report()
+        ids = [name for step in (0, 1) for name in source.row_ids(step)]
+    finally:
+        source.close()
+    assert report["dropped"] == {"raised": P, "timeout": P, "not finite": P, "not a number": P}
+    order = [p.id for p in PROBLEMS.train()]
+    kept_B = np.repeat([order.index(name) % 2 == 1 for name in ids], P)
+    assert kept_B.sum() == len(kept_B) / 2
+    for name in ("weights_BT", "share_B", "advantage_B"):
+        values = np.concatenate([np.asarray(getattr(part, name)) for part in parts])
+        assert np.isfinite(values).all()
+        assert not values[~kept_B].any(), f"{name} of a dropped sample"
+        if name != "advantage_B":  # of a group whose rewards are equal it is zero, dropped or not
+            assert values[kept_B].reshape(kept_B.sum(), -1).any(axis=1).all()
+    advantage_QP = np.concatenate([np.asarray(part.advantage_B) for part in parts]).reshape(-1, P)
+    assert advantage_QP.any()
+    assert np.abs(advantage_QP.sum(axis=1)).max() < 1e-6
+    assert 0 <= report["reward_mean"] <= report["reward_max"] < 1
+
+
+def test_the_policys_process_computes_no_reward_and_no_verdict(params):
+    source = batches(Pid(), judge=Pid())
+    try:
+        source.next(0, params)
+        report = source.report()
+        grader = source._grader._process.pid
+        judged = source.judge([(PROBLEMS.heldout()[0], "1")])
+        assert report["reward_mean"] == report["reward_max"] == grader != os.getpid()
+        assert judged[0].reward == source._judge._process.pid
+        assert judged[0].reward not in (os.getpid(), grader)
+    finally:
+        source.close()
+
+
+def test_a_restored_source_goes_on_with_the_pending_rollout_bit_for_bit(params):
+    whole, part, rest = batches(Sum()), batches(Sum()), batches(Sum())
+    try:
+        expected = [whole.next(step, params) for step in (0, 1)]
+        assert same(part.next(0, params), expected[0])
+        state = json.loads(json.dumps(part.state()))
+        with pytest.raises(AssertionError, match="trains on the rollout of step 0, which is not here"):
+            rest.next(1, None)
+        rest.restore(state)
+        assert same(rest.next(1, None), expected[1]), "no parameters: nothing is sampled anew"
+        assert not same(*expected)
+        assert rest.report() == whole.report()
+    finally:
+        for source in (whole, part, rest):
+            source.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"samples_per_prompt": 1}, "samples_per_prompt must be at least 2"),
+        ({"updates_per_rollout": 0}, "updates_per_rollout must be at least 1"),
+        ({"reward_timeout_s": 0.0}, "reward_timeout_s must be positive"),
+    ],
+)
+def test_settings_that_cannot_teach_are_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        batches(Sum(), **changes)
+
+
+def test_a_prompt_that_is_too_long_is_named():
+    with pytest.raises(ConfigError, match="at most data.max_prompt_tokens=3 tokens"):
+        batches(Sum(), max_prompt_tokens=3)
