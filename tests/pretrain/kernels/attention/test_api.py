@@ -1,6 +1,7 @@
 """Dispatch says what it took and why not the others; bad input is refused before anything is traced."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -139,26 +140,33 @@ def test_an_explicit_choice_never_falls_back(impl):
     assert isinstance(caught.value, ConfigError)
 
 
-def test_the_same_call_gives_the_same_with_every_implementation_of_this_machine():
-    q = jax.random.normal(jax.random.key(0), (1, 24, 2, 8))
-    k = jax.random.normal(jax.random.key(1), (1, 24, 1, 8))
-    segments = np.array([[1] * 10 + [2] * 14])
-    out = {
-        impl: attention(
-            q, k, k, segment_ids=segments, impl=impl, config=SMALL if impl == "tpu_interpret" else None
-        )
-        for impl in ("tpu_interpret", "xla", "reference")
-    }
-    for impl, o in out.items():
-        np.testing.assert_allclose(o, out["reference"], rtol=2e-6, atol=2e-6, err_msg=impl)
+Q_HERE, K_HERE = (np.random.default_rng(n).normal(size=(2, 24, n, 8)).astype(np.float32) for n in (2, 1))
+SEGMENTS_HERE = np.array([[1] * 10 + [2] * 14, [1] * 24])
 
 
-def test_a_prepared_plan_changes_no_bit():
-    q = jax.random.normal(jax.random.key(0), (2, 32, 2, 8))
-    plan = make_plan(np.array([[1] * 10 + [2] * 22, [1] * 32]), CAUSAL, seq_len=32)
-    prepared = prepare_plan(plan, q, q, spec=CAUSAL, impl="tpu_interpret", config=SMALL)
+@pytest.fixture(scope="module")
+def interpreted(quick):
+    """The TPU kernels with small tiles on a plan."""
+    return quick(lambda q, k, plan: attention(q, k, k, plan=plan, impl="tpu_interpret", config=SMALL))
+
+
+def test_the_same_call_gives_the_same_with_every_implementation_of_this_machine(interpreted, quick):
+    plan = make_plan(SEGMENTS_HERE, CAUSAL, seq_len=24)
+
+    @functools.partial(quick, static_argnums=2)
+    def by(q, k, impl):
+        return attention(q, k, k, segment_ids=SEGMENTS_HERE, impl=impl)
+
+    wanted = by(Q_HERE, K_HERE, "reference")
+    for o in (by(Q_HERE, K_HERE, "xla"), interpreted(Q_HERE, K_HERE, plan)):
+        np.testing.assert_allclose(o, wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_a_prepared_plan_changes_no_bit(interpreted):
+    plan = make_plan(SEGMENTS_HERE, CAUSAL, seq_len=24)
+    prepared = prepare_plan(plan, Q_HERE, K_HERE, spec=CAUSAL, impl="tpu_interpret", config=SMALL)
     assert len(prepared.work) == 3
-    out = [attention(q, q, q, plan=p, impl="tpu_interpret", config=SMALL) for p in (plan, prepared)]
+    out = [interpreted(Q_HERE, K_HERE, p) for p in (plan, prepared)]
     np.testing.assert_array_equal(*out)
 
 
@@ -171,7 +179,7 @@ def test_a_plan_prepared_for_hopper_holds_the_ranges_of_its_three_kernels():
         (shapes,) = jax.eval_shape(
             lambda p: prepare_plan(p, q, q, spec=CAUSAL, impl="pallas_hopper"), plan
         ).work
-    ranges = hopper.tile_ranges(plan, blocks)
+    ranges = jax.jit(hopper.tile_ranges, static_argnames="blocks")(plan, blocks=blocks)
     assert jax.tree.structure(shapes) == jax.tree.structure(ranges)
     of = {
         "forward": ("q", blocks.block_q, blocks.block_k),
@@ -246,13 +254,15 @@ def test_bad_input_is_refused_before_tracing(arguments, fields, message):
 
 def test_an_offset_of_numpy_is_that_of_python():
     """It is known before tracing: the program is the same, and as good."""
-    q, k = (
-        jax.random.normal(jax.random.key(0), (1, 16, 2, 8)),
-        jax.random.normal(jax.random.key(1), (1, 24, 2, 8)),
-    )
-    for offset in (np.int64(8), np.array(8)):
+    q, k = array(1, 16, 2, 8), array(1, 24, 2, 8)
+
+    def program(offset):
         assert api.problem_of(q, k, CAUSAL, packed=False, q_offset=offset).offset == "static"
-        np.testing.assert_array_equal(attention(q, k, k, q_offset=offset), attention(q, k, k, q_offset=8))
+        return str(
+            jax.make_jaxpr(lambda q, k: attention(q, k, k, q_offset=offset, impl="tpu_interpret"))(q, k)
+        )
+
+    assert program(np.int64(8)) == program(np.array(8)) == program(8) != program(0)
 
 
 def test_all_faults_are_told_at_once():
@@ -371,7 +381,7 @@ def test_float32_takes_shorter_tiles_and_what_fits_in_no_tile_is_declined():
     )
 
 
-def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
+def test_on_a_mesh_of_heads_and_rows_it_equals_one_device(quick):
     """Kernels are opaque to the partitioner: batch over data, heads over tensor, keys gathered over context."""
     mesh = jax.make_mesh(
         (2, 2, 2), ("data", "tensor", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 3
@@ -388,7 +398,7 @@ def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
         offset = jax.lax.axis_index("context") * 16
         return attention(q, k, v, plan=plan, q_offset=offset, impl="tpu_interpret", config=SMALL)
 
-    @jax.jit
+    @quick
     def sharded(q, k, v, do):
         f = jax.shard_map(
             lambda q, k, v: local(q, k, v, segments_of_shard(segments)),
@@ -404,7 +414,7 @@ def test_on_a_mesh_of_heads_and_rows_it_equals_one_device():
         row = jax.lax.axis_index("data")
         return jax.lax.dynamic_slice_in_dim(jnp.asarray(segments), row, 1, axis=0)
 
-    @jax.jit
+    @quick
     def whole(q, k, v):
         o, transpose = jax.vjp(lambda *x: attention(*x, segment_ids=segments, impl="reference"), q, k, v)
         return o, *transpose(do)
@@ -447,10 +457,10 @@ def test_a_tile_of_a_cache_is_as_long_as_the_cache_lets_it_be():
 
 def test_a_choice_is_logged_once(caplog):
     api.announce.cache_clear()
-    q = jnp.ones((1, 8, 2, 8))
+    q = array(1, 8, 2, 8)
     with caplog.at_level("INFO", logger=api.logger.name):
         for _ in range(3):
-            attention(q, q, q)
+            jax.eval_shape(attention, q, q, q)
     assert [record.message.split(" (")[0] for record in caplog.records] == ["attention by xla"]
 
 

@@ -13,7 +13,6 @@ from pretrain.config import ConfigError
 from pretrain.kernels.attention.api import announce, attention
 from pretrain.kernels.attention.decode import choose_decode, decode_attention, held_positions
 from pretrain.kernels.attention.plan import AttentionSpec
-from pretrain.kernels.attention.reference import definition
 
 B, H, BLOCK = 3, 8, 4
 
@@ -32,17 +31,21 @@ def random_case(seed, *, heads, kv_heads, queries, entries, lengths):
     return q, k, v, np.maximum(lengths - queries, 0).astype(np.int32), lengths
 
 
-def expected(q, k, v, starts, lengths, spec):
-    """The definition in float64, keys named by the position that the ring holds."""
-    held = np.asarray(held_positions(jnp.asarray(lengths), 0, k.shape[2], k.shape[2]))
+def expected(oracle, q, k, v, starts, lengths, spec, sinks=None):
+    """The definition in float64 and which queries see a key at all; keys are named by the position the ring holds."""
+    size = k.shape[2]
+    newest = lengths[:, None] - 1
+    held = newest - (newest - np.arange(size)) % size
     position = starts[:, None] + np.arange(q.shape[1])
     mask = (held[:, None] >= 0) & (held[:, None] <= position[:, :, None])
     if spec.window is not None:
         mask &= held[:, None] > position[:, :, None] - spec.window
-    with jax.enable_x64(True):
-        k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-        o, _ = definition(q, k, v, jnp.asarray(mask), None, spec, dtype=jnp.float64)
-        return np.asarray(o), mask.any(axis=2)
+    sees = mask.any(axis=2)
+    # A query that sees nothing has no sum to divide by.
+    mask = np.where(sees[:, :, None], mask, True)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    scale = H**-0.5 if spec.scale is None else spec.scale
+    return oracle(q, k, v, mask, scale=scale, softcap=spec.softcap, sinks=sinks)["o"], sees
 
 
 @given(
@@ -52,7 +55,7 @@ def expected(q, k, v, starts, lengths, spec):
     variant=st.sampled_from([AttentionSpec(), AttentionSpec(window=5, softcap=2.0, scale=0.5)]),
 )
 @settings(max_examples=40)
-def test_decoding_equals_the_definition(seed, shape, lengths, variant):
+def test_decoding_equals_the_definition(seed, shape, lengths, variant, oracle):
     """Lengths beyond the entries make rings; (4, 1, 1, 10) has a last block that blocks do not divide."""
     heads, kv_heads, queries, entries = shape
     if variant.window is None:
@@ -61,7 +64,7 @@ def test_decoding_equals_the_definition(seed, shape, lengths, variant):
     case = random_case(
         seed, heads=heads, kv_heads=kv_heads, queries=queries, entries=entries, lengths=lengths
     )
-    want, sees = expected(*case, variant)
+    want, sees = expected(oracle, *case, variant)
     got = np.asarray(decode(*case, variant))
     np.testing.assert_allclose(got[sees], want[sees], rtol=0, atol=2e-6)
 
@@ -125,17 +128,11 @@ def test_the_tpu_kernel_reads_the_same_cache(spec):
     assert np.isfinite(np.asarray(got)).all()
 
 
-def test_sinks_join_the_denominator():
+def test_sinks_join_the_denominator(oracle):
     case = random_case(5, heads=4, kv_heads=2, queries=3, entries=12, lengths=[3, 12, 7])
     sinks = np.array([0.5, -1.0, -np.inf, 3.0], np.float32)
-    q, k, v, starts, lengths = case
     got = decode_attention(*case, spec=AttentionSpec(), max_length=12, block_keys=BLOCK, sinks_N=sinks)
-    mask = np.arange(12) <= (starts[:, None] + np.arange(3))[:, :, None]
-    with jax.enable_x64(True):
-        want, _ = definition(
-            q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), jnp.asarray(mask), jnp.asarray(sinks),
-            AttentionSpec(), dtype=jnp.float64,
-        )  # fmt: skip
+    want, _ = expected(oracle, *case, AttentionSpec(), sinks)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
 
 
@@ -198,9 +195,10 @@ def test_on_hopper_the_kernel_of_training_says_that_it_serves_no_cache():
 def test_what_serves_a_cache_is_logged_once(caplog):
     announce.cache_clear()
     case = random_case(7, heads=4, kv_heads=2, queries=1, entries=12, lengths=[3, 5, 1])
+    decode_here = functools.partial(decode_attention, spec=AttentionSpec(), max_length=12)
     with caplog.at_level("INFO", logger=announce.__module__):
         for _ in range(3):
-            decode_attention(*case, spec=AttentionSpec(), max_length=12)
+            jax.eval_shape(decode_here, *case)
     (record,) = caplog.records
     assert record.message.startswith("decode attention by xla (not pallas_tpu: needs a TPU, got cpu")
     assert "not pallas_hopper: " in record.message

@@ -422,10 +422,10 @@ def test_bodies_compute_attention_and_its_gradients(name, monkeypatch, oracle, a
 def test_a_sink_of_minus_infinity_is_no_sink(monkeypatch, segments_of):
     """Also where a soft cap makes masked scores -inf, and rows begin with tiles that are masked for them."""
     rng = np.random.default_rng(3)
-    q, do = (rng.normal(size=(1, 256, 1, 64)).astype(np.float32) for _ in range(2))
-    segments, spec = segments_of(((129, 100),), 256), AttentionSpec(softcap=2.0, window=90)
+    q, do = (rng.normal(size=(1, 128, 1, 64)).astype(np.float32) for _ in range(2))
+    segments, spec = segments_of(((10, 110),), 128), AttentionSpec(softcap=2.0, window=30)
     without, with_sinks = (
-        run(monkeypatch, q, q, q, do, np.zeros((1, 1, 256), np.float32), sinks, segments, spec, blocks_of())
+        run(monkeypatch, q, q, q, do, np.zeros((1, 1, 128), np.float32), sinks, segments, spec, blocks_of())
         for sinks in (None, np.full(1, -np.inf, np.float32))
     )
     for key in ("o", "lse", "dq", "dk", "dv"):

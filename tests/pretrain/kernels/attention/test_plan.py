@@ -1,6 +1,7 @@
 """The plan and its work lists: exact by brute force, for any packing, window, block and context shard."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -21,6 +22,12 @@ from pretrain.kernels.attention.plan import (
 )
 
 NUM_KEYS = 48
+# Compiled once for all packings: op by op they are most of the time of these tests.
+BOUNDS = jax.jit(block_bounds, static_argnames=("block_q", "block_k", "side"))
+WORK = jax.jit(worklist.work_list, static_argnames=("block_q", "block_k", "side"))
+WORK_AT_ZERO = jax.jit(
+    functools.partial(worklist.work_list, q_offset=0), static_argnames=("block_q", "block_k", "side")
+)
 
 
 @st.composite
@@ -83,7 +90,7 @@ def test_a_work_list_is_its_bounds_in_order(segments, window, side, traced):
     offset = 0
     if traced:
         plan, offset = plan.rows(16, 16), jnp.int32(16)
-    bounds = block_bounds(plan, block_q=8, block_k=4, side=side, q_offset=offset)
+    bounds = BOUNDS(plan, block_q=8, block_k=4, side=side, q_offset=offset)
     lo, full_lo, full_hi, hi = (np.asarray(getattr(bounds, f.name))[0] for f in dataclasses.fields(bounds))
     wanted = []
     for outer in range(len(lo)):
@@ -93,7 +100,11 @@ def test_a_work_list_is_its_bounds_in_order(segments, window, side, traced):
             if block is not None:
                 flags |= worklist.COMPUTE | worklist.MASKED * (not full_lo[outer] <= block < full_hi[outer])
             wanted.append((outer, block, flags))
-    work = worklist.work_list(plan, side=side, block_q=8, block_k=4, q_offset=offset)
+    if traced:
+        work = WORK(plan, side=side, block_q=8, block_k=4, q_offset=offset)
+    else:
+        work = WORK_AT_ZERO(plan, side=side, block_q=8, block_k=4)
+    work = jax.tree.map(np.asarray, work)
     steps = int(work.num_steps[0])
     assert steps == len(wanted) <= len(work.outer)
     for (outer, block, flags), word, inner in zip(

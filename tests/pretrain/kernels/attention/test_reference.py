@@ -29,7 +29,7 @@ def inputs():
     [AttentionSpec(), AttentionSpec(window=5, softcap=2.0, scale=0.5), AttentionSpec(causal=False, window=9)],
 )
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_xla_equals_float64(chunk, spec, with_sinks, oracle, allowed, segments_of):
+def test_xla_equals_float64(chunk, spec, with_sinks, quick, oracle, allowed, segments_of):
     if chunk == 1 and with_sinks:
         pytest.skip("more blocks than are unrolled, once is enough")
     q, k, v, do, dlse, sinks = inputs()
@@ -37,7 +37,7 @@ def test_xla_equals_float64(chunk, spec, with_sinks, oracle, allowed, segments_o
     segments = segments_of(ROWS, LENGTH)
     plan = make_plan(segments, spec, seq_len=LENGTH)
 
-    @jax.jit
+    @quick
     def run(q, k, v, sinks):
         def f(q, k, v, sinks):
             return reference.xla_attention(q, k, v, plan, sinks, spec, chunk=chunk)
@@ -55,7 +55,7 @@ def test_xla_equals_float64(chunk, spec, with_sinks, oracle, allowed, segments_o
         np.testing.assert_allclose(got[name], wanted[name], rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-def test_the_definition_in_float64_is_the_oracle(oracle, allowed, segments_of):
+def test_the_definition_in_float64_is_the_oracle(quick, oracle, allowed, segments_of):
     """Values by formula, gradients by differentiation: they agree with gradients derived by hand."""
     q, k, v, do, dlse, sinks = inputs()
     spec = AttentionSpec(window=6, softcap=1.5)
@@ -64,12 +64,15 @@ def test_the_definition_in_float64_is_the_oracle(oracle, allowed, segments_of):
     with jax.enable_x64(True):
         mask = allowed_BTS(plan, 0, LENGTH)
 
-        def f(*x):
-            return reference.definition(*x[:3], mask, x[3], spec, dtype=np.float64)
+        @quick
+        def run(do, dlse, *x):
+            def f(*x):
+                return reference.definition(*x[:3], mask, x[3], spec, dtype=np.float64)
 
-        x = tuple(np.asarray(a, np.float64) for a in (q, k, v, sinks))
-        out, transpose = jax.vjp(f, *x)
-        got = (*out, *transpose((do.astype(np.float64), dlse.astype(np.float64))))
+            out, transpose = jax.vjp(f, *x)
+            return (*out, *transpose((do, dlse)))
+
+        got = run(*(np.asarray(a, np.float64) for a in (do, dlse, q, k, v, sinks)))
     wanted = oracle(
         q, k, v, allowed(segments, window=6), scale=8**-0.5, softcap=1.5, sinks=sinks, do=do, dlse=dlse
     )
