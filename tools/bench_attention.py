@@ -2,6 +2,7 @@
 
     python -m tools.bench_attention out=attention_h100              under 8 minutes on one H100
     python -m tools.bench_attention size=smoke out=attention_cpu    seconds on a CPU: the harness, not the chip
+    python -m tools.bench_attention measure=plan size=smoke         what the plan of a batch costs beside a step
 
 Every implementation is first held to a float64 reference on fresh random inputs, in memory that held NaN before; one
 that is wrong, does not compile or fails is named with the reason and not timed. All programs are compiled beforehand, side by side. Then, for every case, the
@@ -35,12 +36,19 @@ import numpy as np
 
 from pretrain import plots
 from pretrain.config import ConfigError, apply_overrides
+from pretrain.data.batch import Batch
 from pretrain.kernels.attention import reference
 from pretrain.kernels.attention.api import IMPLEMENTATIONS, attention, choose, prepare_plan, problem_of
 from pretrain.kernels.attention.plan import AttentionSpec, PackPlan, allowed_BTS, make_plan, visited_blocks
+from pretrain.loss import LossConfig
+from pretrain.model.transformer import ModelConfig, abstract_params
+from pretrain.optim import AdamWConfig, OptimConfig, WarmupCosine, make_optimizer
 from pretrain.rundir import write_atomic, write_json_atomic
+from pretrain.sharding import MeshConfig, make_mesh
+from pretrain.step import init_state, language_model_loss, make_train_step
 
 DIRECTIONS = ("fwd", "bwd")
+MEASURES = ("kernels", "plan")
 PACKINGS = ("causal", "packed")
 # TFLOP/s to ship at and to aim at on an H100: {(direction, width, length, packing): (ship, aim)}.
 TARGETS = {
@@ -56,6 +64,7 @@ TOLERANCE = {
     "bfloat16": {"o": 5e-3, "dq": 1e-2, "dk": 1e-2, "dv": 1e-2},
     "float32": dict.fromkeys(("o", "dq", "dk", "dv"), 5e-5),
 }
+VOCAB = 1024  # of the model whose step the plan is set beside
 OURS = ("pallas_hopper", "pallas_tpu", "tpu_interpret")
 # What an implementation that cannot run here raises; tokamax groups the reasons of all that it tried.
 FAILURES = (ValueError, TypeError, RuntimeError, ImportError, ExceptionGroup)
@@ -75,6 +84,10 @@ class Size:
     implementations: tuple[str, ...]
     dense_limit: int  # XLA materializes its scores: longer rows are not tried
     check_length: int
+    # The training step that the plan is set beside: (layers, hidden width) over `columns` and the first of the widths,
+    # (rows, tokens a row).
+    step_model: tuple[int, int]
+    step_rows: tuple[int, int]
 
 
 SIZES = {
@@ -82,16 +95,17 @@ SIZES = {
     "h100": Size(
         tokens=16384, columns=2048, widths=(128, 64, 256), lengths=(4096, 16384, 8192), heads_per_kv_head=1,
         dtype="bfloat16", median_document=400, implementations=("pallas_hopper", "cudnn", "tokamax", "xla"),
-        dense_limit=4096, check_length=1024,
+        dense_limit=4096, check_length=1024, step_model=(4, 8192), step_rows=(4, 4096),
     ),
     "tpu": Size(
         tokens=16384, columns=2048, widths=(128, 64, 256), lengths=(4096, 16384, 8192), heads_per_kv_head=1,
         dtype="bfloat16", median_document=400, implementations=("pallas_tpu", "tokamax", "xla"), dense_limit=4096,
-        check_length=1024,
+        check_length=1024, step_model=(4, 8192), step_rows=(4, 4096),
     ),
     "smoke": Size(
         tokens=256, columns=64, widths=(32,), lengths=(128,), heads_per_kv_head=2, dtype="float32", median_document=20,
         implementations=("tpu_interpret", "cudnn", "tokamax", "xla"), dense_limit=128, check_length=64,
+        step_model=(4, 256), step_rows=(4, 512),
     ),
 }  # fmt: skip
 
@@ -101,6 +115,7 @@ class Options:
     """What the command line may say, `key=value`."""
 
     out: str = "attention_bench"  # folder of the JSON and the pictures
+    measure: str = "kernels"  # or "plan": what the plan of a batch costs beside a training step
     size: str = "h100"
     samples: int = 20
     warmup: int = 5
@@ -110,6 +125,8 @@ class Options:
 
     def __post_init__(self):
         faults = [] if self.size in SIZES else [f"size must be one of {', '.join(SIZES)}, got {self.size!r}"]
+        if self.measure not in MEASURES:
+            faults.append(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}")
         faults += [
             f"{name} must be positive, got {getattr(self, name)}"
             for name in ("samples", "warmup", "min_sample_s", "input_sets", "max_seconds")
@@ -517,6 +534,75 @@ def plan_ms(size: Size, entrant: Entrant, width: int, options: Options) -> float
     return 1e3 * statistics.median(interleaved({"plan": (make, [(ids,)])}, options)["plan"])
 
 
+def plan_beside_a_step(options: Options) -> dict[str, Any]:
+    """Milliseconds of a training step of a small model on packed rows, of the plan of its batch, and their ratios.
+
+    The step attends by XLA: what runs on every machine. "plan" is what every implementation is given, "prepared" holds
+    what our kernels make of it besides, which they need once a batch too.
+    """
+    size = SIZES[options.size]
+    (layers, hidden_width), (rows, length), width = size.step_model, size.step_rows, size.widths[0]
+    heads = size.columns // width
+    model = ModelConfig(
+        num_layers=layers, width=size.columns, num_heads=heads, num_kv_heads=heads // size.heads_per_kv_head,
+        head_width=width, hidden_width=hidden_width, dtype=size.dtype, attention_impl="xla",
+    )  # fmt: skip
+    optim = OptimConfig(method=AdamWConfig(), peak_lr=1e-3, schedule=WarmupCosine(num_warmup_steps=1))
+    optimizer = make_optimizer(optim, 100, abstract_params(model, VOCAB), model)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    step = make_train_step(language_model_loss(model, LossConfig(), num_sources=1), optimizer, mesh=mesh)
+    state = init_state(model, VOCAB, optimizer, 0, mesh)
+    ids = segments(rows, length + 1, size.median_document, 0)
+    starts = np.maximum.accumulate(
+        np.diff(ids, axis=1, prepend=-1).astype(bool) * np.arange(length + 1), axis=1
+    )
+    batch = jax.device_put(
+        Batch(
+            tokens_BT1=np.random.default_rng(0).integers(0, VOCAB, ids.shape).astype(np.int32),
+            segment_ids_BT1=ids,
+            positions_BT1=(np.arange(length + 1) - starts).astype(np.int32),
+            weights_BT=(ids[:, 1:] == ids[:, :-1]).astype(np.float32),
+            source_B=np.zeros(rows, np.int32),
+        )
+    )
+    spec = model.spec(model.kind(0))
+    impl = next(name for name in size.implementations if name in OURS)
+    shapes = shapes_of(size, width, length, rows)
+    plan = jax.jit(lambda ids: make_plan(ids, spec, seq_len=length))
+    prepared = jax.jit(
+        lambda ids: prepare_plan(make_plan(ids, spec, seq_len=length), *shapes[:2], spec=spec, impl=impl)
+    )
+    given = [(batch.segment_ids_BT1[:, :-1],)]
+    plans = {"plan": (plan, given)}
+    if isinstance(implementation(impl, shapes), Entrant):
+        plans["prepared"] = prepared, given
+
+    def one_step() -> jax.Array:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics["loss"]
+
+    samples = interleaved({"step": (one_step, [()]), **plans}, options)
+    ms = {name: 1e3 * statistics.median(of) for name, of in samples.items()}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "tokens": rows * length,
+        "params": sum(x.size for x in jax.tree.leaves(abstract_params(model, VOCAB))),
+        "prepared_for": impl,
+        "ms": ms,
+        "share_of_step": {name: ms[name] / ms["step"] for name in plans},
+    }
+
+
+def plan_line(report: Mapping[str, Any]) -> str:
+    parts = [
+        f"{name} {report['ms'][name]:.3f} ms, {share:.2%}" for name, share in report["share_of_step"].items()
+    ]
+    return (f"{report['device']}: step of {report['params']:,} parameters on {report['tokens']:,} tokens "
+            f"{report['ms']['step']:.1f} ms; " + "; ".join(parts))  # fmt: skip
+
+
 def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     """The whole report; what did not fit in the time is listed as left out."""
     began = time.perf_counter()
@@ -642,9 +728,14 @@ def main(argv: Sequence[str]) -> int:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
-    report = run(options)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
+    if options.measure == "plan":
+        report = plan_beside_a_step(options)
+        write_json_atomic(folder / "plan.json", report)
+        print(plan_line(report))
+        return 0
+    report = run(options)
     write_json_atomic(folder / "attention.json", report)
     for direction in DIRECTIONS:
         if any(row["direction"] == direction for row in report["table"]):

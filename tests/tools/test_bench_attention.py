@@ -109,8 +109,20 @@ def test_the_smoke_run_leaves_table_and_pictures(tmp_path, capsys):
     assert "tpu_interpret" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_plan_is_a_small_part_of_a_step(tmp_path, capsys):
+    argv = ["measure=plan", "size=smoke", f"out={tmp_path}", "samples=3", "warmup=1"]
+    assert bench.main(argv) == 0
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert report["share_of_step"].keys() == {"plan", "prepared"}
+    assert all(0 < share < 0.01 for share in report["share_of_step"].values())
+    assert "2,048 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("main", [bench.main, tune.main])
 def test_bad_options_are_refused(main, capsys):
+    assert bench.main(["measure=kernel"]) == 2
+    assert "measure must be one of kernels, plan, got 'kernel'" in capsys.readouterr().err
     assert main(["size=giant"]) == 2
     assert "error: size must be one of h100, tpu, smoke, got 'giant'" in capsys.readouterr().err
 
