@@ -89,6 +89,31 @@ class Grader:
         return self._connection
 
 
+class Graders:
+    """The values of samples by a reward, and verdicts on held-out answers by `judge` where that is another."""
+
+    def __init__(self, reward: Reward, judge: Reward | None, *, timeout_s: float):
+        self._reward = Grader(reward, timeout_s=timeout_s)
+        self._judge = self._reward if judge is None else Grader(judge, timeout_s=timeout_s)
+
+    def value(self, step: int, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """Grades of samples; a reward is a pure function, the same at every step."""
+        return self._reward.grade(items)
+
+    def judge(self, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """Grades of held-out answers."""
+        return self._judge.grade(items)
+
+    def report(self) -> dict[str, Any]:
+        """Nothing beside the rewards."""
+        return {}
+
+    def close(self) -> None:
+        """End the workers."""
+        self._reward.close()
+        self._judge.close()
+
+
 def _work(connection: Connection, reward: Reward) -> None:
     with contextlib.suppress(EOFError):  # the parent has gone
         while True:

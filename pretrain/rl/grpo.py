@@ -14,6 +14,7 @@ from pretrain.generate import Request
 from pretrain.health import HealthConfig
 from pretrain.objective import Evaluation
 from pretrain.pretrained import load_init
+from pretrain.rl.grader import Graders
 from pretrain.rl.policy_loss import TERMS, PolicyLossConfig, policy_loss
 from pretrain.rl.problem import Problem
 from pretrain.rl.rollout import RolloutBatches, RolloutConfig, encode_prompt
@@ -53,14 +54,15 @@ class GrpoObjective:
         self.new_data_steps: Sequence[int] = ()
         self.loss = policy_loss(config.model, config.loss)
         self._heldout = config.data.problems.heldout()
-        train = config.data.problems.train()
-        overlap = {p.prompt for p in train} & {p.prompt for p in self._heldout}
+        self._train = config.data.problems.train()
+        overlap = {p.prompt for p in self._train} & {p.prompt for p in self._heldout}
         if overlap:
             raise ConfigError(
                 f"held-out problems must not be trained on, got {len(overlap)}, such as {min(overlap)!r}"
             )
-        identity = [to_json(config.data), self.tokenizer.sha256, *_texts(train), *_texts(self._heldout)]
+        identity = [to_json(config.data), self.tokenizer.sha256, *_texts(self._train), *_texts(self._heldout)]
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._graders: Graders | None = None
         self._batches: RolloutBatches | None = None
 
     def tokens_before(self, step: int) -> int:
@@ -69,14 +71,24 @@ class GrpoObjective:
     def open(self, mesh: Mesh) -> RolloutBatches:
         c = self._config
         reference = load_init(c.init, c.model, self.tokenizer, mesh) if c.loss.kl_weight > 0 else None
+        self._graders = Graders(c.data.reward, c.data.judge, timeout_s=c.data.reward_timeout_s)
         self._batches = RolloutBatches(
-            c.data, c.model, c.loss, self.tokenizer, seed=c.run.seed, mesh=mesh, reference=reference
+            c.data,
+            self._train,
+            self._graders,
+            c.model,
+            c.loss,
+            self.tokenizer,
+            seed=c.run.seed,
+            mesh=mesh,
+            reference=reference,
         )
         return self._batches
 
     def evaluate(self, params: Any) -> Evaluation:
         """Greedy answers to all held-out problems, graded by `data.judge`."""
         assert self._batches is not None, "an objective is opened before it is evaluated"
+        assert self._graders is not None
         data = self._config.data
         requests = [
             Request(
@@ -89,7 +101,7 @@ class GrpoObjective:
             for problem in self._heldout
         ]
         completions = self._batches.generator(params).generate(requests)
-        grades = self._batches.judge(list(zip(self._heldout, (c.text for c in completions), strict=True)))
+        grades = self._graders.judge(list(zip(self._heldout, (c.text for c in completions), strict=True)))
         rewards = [g.reward for g in grades if g.reward is not None]
         accuracy = sum(r == 1.0 for r in rewards) / len(grades)  # a dropped answer is a wrong one
         examples = [f"{p.prompt}{c.text}" for p, c in zip(self._heldout[:8], completions, strict=False)]

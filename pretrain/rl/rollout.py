@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from pretrain.config import ConfigError, stable_seed
 from pretrain.generate import GenerateConfig, Generator, Request
 from pretrain.model.transformer import ModelConfig
-from pretrain.rl.advantage import Estimator, advantages
-from pretrain.rl.grader import Grade, Grader
+from pretrain.rl.advantage import ESTIMATORS, Estimator, advantages
+from pretrain.rl.grader import Grade
 from pretrain.rl.policy_loss import PolicyLossConfig, SampleBatch, logprobs_BT
 from pretrain.rl.problem import Problem, ProblemsConfig
 from pretrain.rl.reward import Reward
@@ -32,16 +32,13 @@ from pretrain.tokenizer import Tokenizer, TokenizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """Problems, how they are sampled and graded, and what becomes of the rewards.
+class SamplingConfig:
+    """How a policy is sampled and what becomes of the rewards, whoever gives them.
 
     A step trains on prompts_per_step x samples_per_prompt samples; one rollout serves `updates_per_rollout` steps,
-    so samples are at most that many steps minus one behind the policy, and the loss corrects by their ratio. `judge`
-    grades held-out answers where that is not to be the reward.
+    so samples are at most that many steps minus one behind the policy, and the loss corrects by their ratio.
     """
 
-    problems: ProblemsConfig
-    reward: Reward
     tokenizer: TokenizerConfig
     prompts_per_step: int
     samples_per_prompt: int
@@ -51,8 +48,6 @@ class RolloutConfig:
     updates_per_rollout: int = 1
     estimator: Estimator = "grpo"
     slots: int = 64
-    reward_timeout_s: float = 5.0
-    judge: Reward | None = None
 
     def __post_init__(self):
         faults = []
@@ -69,8 +64,8 @@ class RolloutConfig:
             faults.append(
                 f"samples_per_prompt must be at least 2, its group is the baseline; got {self.samples_per_prompt}"
             )
-        if not self.reward_timeout_s > 0:
-            faults.append(f"reward_timeout_s must be positive, got {self.reward_timeout_s}")
+        if self.estimator not in ESTIMATORS:
+            faults.append(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
         if faults:
             raise ConfigError(*faults)
 
@@ -83,6 +78,37 @@ class RolloutConfig:
     def row_length(self) -> int:
         """T."""
         return self.max_prompt_tokens + self.max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig(SamplingConfig):
+    """Problems with checkable answers, and how those are graded. `judge` grades held-out answers where that is not to
+    be the reward.
+    """
+
+    problems: ProblemsConfig
+    reward: Reward
+    reward_timeout_s: float = 5.0
+    judge: Reward | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.reward_timeout_s > 0:
+            raise ConfigError(f"reward_timeout_s must be positive, got {self.reward_timeout_s}")
+
+
+class Valuer(Protocol):
+    """Who says what samples are worth, never by this process' own judgment: a grader, or code that is executed."""
+
+    def value(self, step: int, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """A grade for each sample of the rollout of `step`, those of a group side by side; None drops a sample."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """JSON: what is worth a line about the samples valued last."""
+        ...
+
+    def close(self) -> None: ...
 
 
 def encode_prompt(tokenizer: Tokenizer, problem: Problem, max_tokens: int) -> tuple[int, ...]:
@@ -104,7 +130,9 @@ class RolloutBatches:
 
     def __init__(
         self,
-        config: RolloutConfig,
+        config: SamplingConfig,
+        problems: Sequence[Problem],
+        valuer: Valuer,
         model: ModelConfig,
         loss: PolicyLossConfig,
         tokenizer: Tokenizer,
@@ -113,7 +141,7 @@ class RolloutBatches:
         mesh: Mesh,
         reference: Any = None,
     ):
-        """`reference` are the parameters that the KL term measures from; needed when it has a weight."""
+        """`reference` are the parameters that KL is measured from; needed when it has a weight in the loss."""
         self._config, self._loss, self._tokenizer, self._seed, self._mesh = (
             config,
             loss,
@@ -122,12 +150,8 @@ class RolloutBatches:
             mesh,
         )
         self._model, self._reference = model, reference
-        self._problems = config.problems.train()
+        self._problems, self._valuer = problems, valuer
         self._prompts = [encode_prompt(tokenizer, p, config.max_prompt_tokens) for p in self._problems]
-        self._grader = Grader(config.reward, timeout_s=config.reward_timeout_s)
-        self._judge = (
-            Grader(config.judge, timeout_s=config.reward_timeout_s) if config.judge else self._grader
-        )
         self._generator: Generator | None = None
         self._logprobs = OnMesh(
             jax.jit(functools.partial(_logprobs, model=model, chunk_tokens=loss.chunk_tokens)), mesh
@@ -146,10 +170,6 @@ class RolloutBatches:
         else:
             self._generator.load(params)
         return self._generator
-
-    def judge(self, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
-        """Grades of held-out answers, from another process."""
-        return self._judge.grade(items)
 
     def next(self, step: int, params: Any) -> SampleBatch:
         first = step - step % self._config.updates_per_rollout
@@ -193,9 +213,8 @@ class RolloutBatches:
             self._first_step, self._report = state["first_step"], dict(state["report"])
 
     def close(self) -> None:
-        """End the grading processes."""
-        self._grader.close()
-        self._judge.close()
+        """End the valuer's processes."""
+        self._valuer.close()
 
     # --- one rollout -----------------------------------------------------------------------------------
 
@@ -223,23 +242,31 @@ class RolloutBatches:
         completions = self.generator(params).generate(requests)
         problems = [self._problems[i] for i in indices for _ in range(P)]
         # A text that did not end is graded as it stands: reaching the limit is the policy's doing.
-        grades = self._grader.grade([(p, c.text) for p, c in zip(problems, completions, strict=True)])
+        grades = self._valuer.value(step, [(p, c.text) for p, c in zip(problems, completions, strict=True)])
         rewards = np.array([np.nan if g.reward is None else g.reward for g in grades])
         rows = _rows(requests, completions, c.row_length, self._tokenizer.pad_id)
         advantage_B = advantages(rewards.reshape(-1, P), c.estimator).reshape(-1)
         kept_B = np.isfinite(rewards)
         length_B = rows["weights_BT"].sum(axis=1)
+        rows["chosen_BT"] = rows["weights_BT"] > 0  # by the policy, those of dropped samples too
         weight_B, share_B = _normalized(self._loss.normalize, length_B, kept_B, c.max_new_tokens)
         rows["weights_BT"] *= weight_B[:, None].astype(np.float32)
         rows["share_B"] = share_B.astype(np.float32)
         rows["advantage_B"] = advantage_B.astype(np.float32)
         rows["behavior_BT"] = self._in_parts(params, rows)
-        if self._loss.kl_weight > 0:
-            assert self._reference is not None, "a KL term needs the parameters that it measures from"
-            rows["reference_BT"] = self._in_parts(self._reference, rows)
-        else:
+        assert self._reference is not None or not self._loss.kl_weight, (
+            "a KL term needs what it measures from"
+        )
+        report = self._describe(rewards, grades, completions)
+        if self._reference is None:
             rows["reference_BT"] = np.zeros_like(rows["behavior_BT"])
-        return rows, self._describe(rewards, grades, completions, rows)
+        else:
+            rows["reference_BT"] = self._in_parts(self._reference, rows)
+            moved_BT = np.where(rows["chosen_BT"], rows["behavior_BT"] - rows["reference_BT"], 0.0)
+            # KL(policy || start) of whole texts in nats, from the samples themselves.
+            report["kl_to_start"] = float(moved_BT.sum(axis=1).mean())
+        del rows["chosen_BT"]
+        return rows, report
 
     def _in_parts(self, params: Any, rows: dict[str, np.ndarray]) -> np.ndarray:
         """Log-probabilities of all rows, a step's worth at a time."""
@@ -255,20 +282,19 @@ class RolloutBatches:
         rewards: np.ndarray,
         grades: Sequence[Any],
         completions: Sequence[Any],
-        rows: Mapping[str, np.ndarray],
     ) -> dict[str, Any]:
         kept = rewards[np.isfinite(rewards)]
         groups = rewards.reshape(-1, self._config.samples_per_prompt)
         settled = sum(len(set(group[np.isfinite(group)].tolist())) <= 1 for group in groups)
-        report = {
+        return {
             "reward_mean": float(kept.mean()) if len(kept) else 0.0,
             "reward_max": float(kept.max()) if len(kept) else 0.0,
             "settled_groups_share": settled / len(groups),  # groups that teach nothing
             "ended_share": sum(c.finish == "stop" for c in completions) / len(completions),
             "new_tokens_mean": sum(len(c.ids) for c in completions) / len(completions),
             "dropped": dict(collections.Counter(g.reason for g in grades if g.reward is None)),
+            **self._valuer.report(),
         }
-        return report
 
     def _to_devices(self, rows: Mapping[str, np.ndarray]) -> SampleBatch:
         return SampleBatch(

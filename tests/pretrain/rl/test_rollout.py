@@ -12,6 +12,7 @@ import pytest
 
 from pretrain.config import ConfigError
 from pretrain.model.transformer import ModelConfig, init_params
+from pretrain.rl.grader import Graders
 from pretrain.rl.policy_loss import PolicyLossConfig
 from pretrain.rl.problem import ArithmeticConfig
 from pretrain.rl.rollout import RolloutBatches, RolloutConfig
@@ -23,6 +24,7 @@ MODEL = ModelConfig(
 )
 PROBLEMS = ArithmeticConfig(max_operand=9, num_train=8, num_heldout=4)
 P = 2
+VOCAB = BytesConfig().build("", None).vocab_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Faulty:
         return (sum(text.encode()) % 7) / 7
 
 
-def batches(reward, **changes):
+def batches(reward, reference=None, **changes):
     values = {
         "problems": PROBLEMS, "reward": reward, "tokenizer": BytesConfig(),
         "prompts_per_step": 4, "samples_per_prompt": P, "max_prompt_tokens": 6, "max_new_tokens": 3, "slots": 8,
@@ -59,12 +61,16 @@ def batches(reward, **changes):
     config = RolloutConfig(**values)
     tokenizer = config.tokenizer.build("", None)
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    return RolloutBatches(config, MODEL, PolicyLossConfig(chunk_tokens=16), tokenizer, seed=5, mesh=mesh)
+    graders = Graders(config.reward, config.judge, timeout_s=config.reward_timeout_s)
+    return RolloutBatches(
+        config, config.problems.train(), graders, MODEL, PolicyLossConfig(chunk_tokens=16), tokenizer, seed=5, mesh=mesh,
+        reference=reference,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(MODEL, BytesConfig().build("", None).vocab_size, seed=3)
+    return init_params(MODEL, VOCAB, seed=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +114,35 @@ def test_bad_rewards_drop_their_samples_and_are_counted(params):
 
 def test_the_policys_process_computes_no_reward_and_no_verdict(params):
     source = batches(Pid(), judge=Pid())
+    graders = source._valuer
     try:
         source.next(0, params)
         report = source.report()
-        grader = source._grader._process.pid
-        judged = source.judge([(PROBLEMS.heldout()[0], "1")])
-        assert report["reward_mean"] == report["reward_max"] == grader != os.getpid()
-        assert judged[0].reward == source._judge._process.pid
-        assert judged[0].reward not in (os.getpid(), grader)
+        judged = graders.judge([(PROBLEMS.heldout()[0], "1")])
+        assert report["reward_mean"] == report["reward_max"] == graders._reward._process.pid != os.getpid()
+        assert judged[0].reward == graders._judge._process.pid
+        assert judged[0].reward not in (os.getpid(), report["reward_max"])
     finally:
         source.close()
+
+
+def test_the_distance_to_the_start_is_zero_at_home_and_measured_elsewhere(params):
+    sources = [
+        batches(Sum(), reference=reference) for reference in (params, init_params(MODEL, VOCAB, seed=4))
+    ]
+    try:
+        parts = [source.next(0, params) for source in sources]
+        reports = [source.report() for source in sources]
+    finally:
+        for source in sources:
+            source.close()
+    assert reports[0]["kl_to_start"] == 0
+    used_BT = np.concatenate([np.asarray(sources[1].next(step, None).weights_BT) > 0 for step in (0, 1)])
+    rows = [sources[1].next(step, None) for step in (0, 1)]
+    moved_BT = np.concatenate([np.asarray(r.behavior_BT) - np.asarray(r.reference_BT) for r in rows])
+    assert reports[1]["kl_to_start"] == pytest.approx((moved_BT * used_BT).sum() / len(used_BT), rel=1e-5)
+    assert reports[1]["kl_to_start"] != 0
+    assert np.array_equal(np.asarray(parts[0].tokens_BT1), np.asarray(parts[1].tokens_BT1))
 
 
 def test_a_restored_source_goes_on_with_the_pending_rollout_bit_for_bit(params):
@@ -143,6 +168,7 @@ def test_a_restored_source_goes_on_with_the_pending_rollout_bit_for_bit(params):
         ({"samples_per_prompt": 1}, "samples_per_prompt must be at least 2"),
         ({"updates_per_rollout": 0}, "updates_per_rollout must be at least 1"),
         ({"reward_timeout_s": 0.0}, "reward_timeout_s must be positive"),
+        ({"estimator": "best"}, "estimator must be one of grpo, mean, rloo"),
     ],
 )
 def test_settings_that_cannot_teach_are_refused(changes, words):
