@@ -7,6 +7,7 @@ compilers, which also know memory sizes, tiling and registers.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -154,6 +155,11 @@ def check_kernels(text, bounds):
             r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"0","size":"(\d+)"', call
         )
         assert 0 < int(taken[1]) <= bound, kernel
+
+
+def test_the_rows_to_compile_are_three_chips_by_three_head_widths():
+    """Which the slow test goes through, forward and backward, each plain and with everything."""
+    assert set(TPU_TABLE) == set(itertools.product(TOPOLOGY, KERNEL_WIDTHS))
 
 
 @pytest.mark.slow
