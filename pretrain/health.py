@@ -399,7 +399,9 @@ class StopSignal:
 
 def any_process(flag: bool) -> Bool[Array, ""]:
     """Whether `flag` is set in any process; dispatched like a step, so that only reading it waits for the others."""
-    devices = np.array(jax.devices()).reshape(jax.process_count(), jax.local_device_count())
+    # On a torus jax lists devices by their place, not by their process.
+    by_process = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = np.array(by_process).reshape(jax.process_count(), jax.local_device_count())
     mesh = Mesh(devices, ("process", "local"))
     flags = multihost_utils.host_local_array_to_global_array(
         np.asarray([flag]), mesh, PartitionSpec("process")
