@@ -48,7 +48,7 @@ class GrpoObjective:
 
     def __init__(self, config: RlConfig):
         self._config = config
-        self.tokenizer = config.data.tokenizer.build("", _no_texts)
+        self.tokenizer = config.data.tokenizer.build("", no_texts)
         self.labels: Sequence[str] = TERMS
         self.tokens_per_row = config.data.row_length
         self.new_data_steps: Sequence[int] = ()
@@ -125,7 +125,7 @@ def _texts(problems: Sequence[Problem]) -> list[list[str]]:
     return [[p.id, p.prompt, p.answer] for p in problems]
 
 
-def _no_texts(max_bytes: int) -> Any:
+def no_texts(max_bytes: int) -> Any:
     raise ConfigError(
         "data.tokenizer must exist before reinforcement learning, got one that is trained on a corpus"
     )

@@ -36,6 +36,45 @@ def true_values(results: Sequence[Result]) -> list[float] | None:
     return [1.0 / result.extra["true_loss"] if "true_loss" in result.extra else 0.0 for result in results]
 
 
+def outcomes(results: Sequence[Result]) -> dict[str, float]:
+    """What an epoch's samples, host faults left out, were worth. mean, q10..q90, maximum: of the value. ok_mean: value
+    given success. true_maximum: the epoch's best without noise, where the judge knows it.
+    """
+    values = rewards_of(results, "paper")
+    is_ok = np.array([result.metric is not None for result in results])
+    numbers = {"mean": float(values.mean())}
+    for q, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True):
+        numbers[f"q{round(100 * q)}"] = float(value)
+    numbers["maximum"] = float(values.max())
+    true = true_values(results)
+    if true is not None:
+        numbers["true_maximum"] = max(true)
+    numbers["success_rate"] = float(is_ok.mean())
+    numbers["ok_mean"] = float(values[is_ok].mean()) if is_ok.any() else 0.0
+    return numbers
+
+
+def diversity(counts_A: np.ndarray) -> dict[str, float]:
+    """How many ideas an epoch had, from how often it had each."""
+    return {
+        "effective_ideas": effective_number(counts_A),
+        "top_two_share": float(np.sort(counts_A)[-2:].sum() / counts_A.sum()),
+        "unique_share": float((counts_A > 0).sum() / counts_A.sum()),
+    }
+
+
+def wording(picks_P: np.ndarray, ideas: Sequence[Idea], similarity_AA: np.ndarray) -> dict[str, float]:
+    """similarity: mean over pairs of samples. idea_words: mean length."""
+    counts_A = np.bincount(picks_P, minlength=len(ideas))
+    count = len(picks_P)
+    pairs = count * (count - 1)
+    same = float(counts_A @ similarity_AA @ counts_A) - count  # a sample is not compared with itself
+    return {
+        "similarity": same / pairs if pairs else 1.0,
+        "idea_words": float(np.mean([len(ideas[int(i)].text.split()) for i in picks_P])),
+    }
+
+
 def measure(
     picks_P: np.ndarray,
     results: Sequence[Result],
@@ -46,33 +85,14 @@ def measure(
 ) -> dict[str, float]:
     """The numbers of one epoch; `state` is the policy that was sampled. Host faults are counted and left out of the rest.
 
-    mean, q10..q90, maximum: of the value. ok_mean: value given success. true_maximum: the epoch's best without noise, where
-    the judge knows it. effective_ideas, top_two_share, unique_share, similarity (mean over pairs of samples): of the samples.
-    idea_words: mean length. kl: to the starting policy, nats.
+    See `outcomes`, `diversity` and `wording`. kl: to the starting policy, nats.
     """
     kept = [i for i, result in enumerate(results) if result.status.is_sample]
     assert kept, "an epoch without a sample has no numbers"
-    numbers: dict[str, float] = {"dropped": len(results) - len(kept)}
-    good = [results[i] for i in kept]
-    values = rewards_of(good, "paper")
-    is_ok = np.array([result.metric is not None for result in good])
-    counts_A = np.bincount(picks_P[kept], minlength=len(ideas))
-    count = len(kept)
-    numbers["mean"] = float(values.mean())
-    for q, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True):
-        numbers[f"q{round(100 * q)}"] = float(value)
-    numbers["maximum"] = float(values.max())
-    true = true_values(good)
-    if true is not None:
-        numbers["true_maximum"] = max(true)
-    numbers["success_rate"] = float(is_ok.mean())
-    numbers["ok_mean"] = float(values[is_ok].mean()) if is_ok.any() else 0.0
-    numbers["effective_ideas"] = effective_number(counts_A)
-    numbers["top_two_share"] = float(np.sort(counts_A)[-2:].sum() / count)
-    numbers["unique_share"] = int((counts_A > 0).sum()) / count
-    pairs = count * (count - 1)
-    same = float(counts_A @ similarity_AA @ counts_A) - count  # a sample is not compared with itself
-    numbers["similarity"] = same / pairs if pairs else 1.0
-    numbers["idea_words"] = float(np.mean([len(ideas[int(i)].text.split()) for i in picks_P[kept]]))
-    numbers["kl"] = kl(np.array(state.logits), np.array(start.logits))
-    return numbers
+    return {
+        "dropped": len(results) - len(kept),
+        **outcomes([results[i] for i in kept]),
+        **diversity(np.bincount(picks_P[kept], minlength=len(ideas))),
+        **wording(picks_P[kept], ideas, similarity_AA),
+        "kl": kl(np.array(state.logits), np.array(start.logits)),
+    }
