@@ -153,8 +153,8 @@ def test_losses_of_a_router_are_means_over_its_tokens_whatever_these_weigh_as_ta
     assert np.abs(added[0]["blocks"]["mlp"]["router"]).max() > 0.01
     for other in added[1:]:
         for wanted, found in zip(jax.tree.leaves(added[0]), jax.tree.leaves(other), strict=True):
-            # Differences of float32 moves, some of which are of the order of ten.
-            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-6)
+            # Differences of float32 moves: what is lost is a part of the largest numbers of a leaf.
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * max(1.0, np.abs(wanted).max()))
 
 
 @pytest.mark.parametrize("method", [AdamWConfig(), MuonConfig()], ids=["adamw", "muon"])
