@@ -1,0 +1,68 @@
+"""Does what research found on the small recipe of `pretrain_tiny` still help when the model and its budget are larger?
+
+The ladder's base is that recipe at its own width, with width transfer; the campaign's best promoted change is its arm, on every
+budget. A run of the campaign is 6e10 FLOPs; the budgets are 1.6, 4 and 10 times that, the largest model has twice the width.
+Command: python -m research_env.main --config configs/research_env/pretrain_tiny.py
+         python -m research_env.rl.transfer --config configs/research_env/rl_transfer.py
+"""
+
+from pretrain.checkpoint import CheckpointPolicy
+from pretrain.data.source import StdlibConfig
+from pretrain.data.tables import DataConfig
+from pretrain.generate import SampleConfig
+from pretrain.loss import LossConfig
+from pretrain.model.transformer import ModelConfig
+from pretrain.optim import AdamWConfig, OptimConfig, WarmupCosine
+from pretrain.scaling.plan import LadderConfig, ScalingConfig, Shape
+from pretrain.tokenizer import BytesConfig
+from pretrain.train import RunConfig, TrainConfig
+from research_env.rl.transfer import TransferConfig
+
+
+def get_config() -> TransferConfig:
+    return TransferConfig(
+        campaign="runs/research/pretrain_tiny",
+        scaling=ScalingConfig(
+            # As research_env/tasks/pretrain_tiny/codebase/recipe.py says it; the tests compare.
+            train=TrainConfig(
+                model=ModelConfig(
+                    num_layers=2,
+                    width=64,
+                    num_heads=2,
+                    num_kv_heads=2,
+                    head_width=32,
+                    hidden_width=160,
+                    base_width=64,
+                    dtype="float32",
+                    scan_layers=False,
+                ),  # fmt: skip
+                data=DataConfig(
+                    sources=(StdlibConfig(name="stdlib"),),
+                    tokenizer=BytesConfig(),
+                    row_length=64,
+                    batch_rows=16,
+                    heldout_percent=2.0,
+                    heldout_max_bytes=200_000,
+                ),
+                optim=OptimConfig(
+                    method=AdamWConfig(b1=0.9, b2=0.99),
+                    peak_lr=0.003,
+                    schedule=WarmupCosine(num_warmup_steps=20, final_fraction=0.1),
+                    weight_decay=0.1,
+                    clip_norm=1.0,
+                ),
+                loss=LossConfig(z_weight=0.0001),
+                run=RunConfig(num_steps=1, log_every_steps=50, writers=()),
+                checkpoint=CheckpointPolicy(every_s=60.0, keep_last=1),
+                sample=SampleConfig(prompts=()),
+            ),
+            ladder=LadderConfig(
+                budgets_flops=(1e11, 2.5e11, 6.25e11),
+                shapes=tuple(Shape(width=width, num_layers=2) for width in (32, 64, 96, 128)),
+                shapes_per_budget=3,
+                tokens_per_param=2.0,
+                noise_seeds=(1,),
+                num_arm_budgets=3,
+            ),
+        ),
+    )
