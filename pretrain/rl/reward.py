@@ -1,6 +1,6 @@
 """Rewards as pure functions of a problem and a text; a text that plays with the checker earns nothing.
 
-Answers are numbers: they are read by a small grammar and compared as fractions. Nothing a model writes is evaluated.
+Answers are read by small grammars, numbers compared as fractions. Nothing a model writes is evaluated.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Literal, Protocol
 
 from pretrain.config import ConfigError, stable_seed
+from pretrain.rl.expression import read_expression
 from pretrain.rl.problem import Problem
 
 
@@ -92,6 +93,35 @@ class NumberReward:
         if value is None:
             return 0.0
         return 1.0 if value == read_number(problem.answer) else self.format_reward
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpressionReward:
+    """`NumberReward` for answers like those of MATH: fractions, roots, polynomials, points; see expression.py.
+
+    Numbers are compared as fractions, other answers by their values; a reference that cannot be read is met by its own
+    characters alone.
+    """
+
+    place: Literal["whole", "hashes", "boxed"] = "boxed"
+    format_reward: float = 0.0
+
+    def __post_init__(self):
+        NumberReward(place=self.place, format_reward=self.format_reward)  # the same rules
+
+    def __call__(self, problem: Problem, text: str) -> float:
+        answer = _PLACES[self.place](text)
+        if answer is None:
+            return 0.0
+        number, expected_number = read_number(answer), read_number(problem.answer)
+        if number is not None and expected_number is not None:
+            return 1.0 if number == expected_number else self.format_reward
+        value, expected = read_expression(answer), read_expression(problem.answer)
+        if expected is None:
+            return 1.0 if answer.split() == problem.answer.split() else 0.0
+        if value is None:
+            return 0.0
+        return 1.0 if value.equals(expected) else self.format_reward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
