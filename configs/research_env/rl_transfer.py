@@ -1,7 +1,7 @@
 """Does what research found on the small recipe of `pretrain_tiny` still help when the model and its budget are larger?
 
 The ladder's base is that recipe at its own width, with width transfer; the campaign's best promoted change is its arm, on every
-budget. A run of the campaign is 6e10 FLOPs; the budgets are 1.6, 4 and 10 times that, the largest model has twice the width.
+budget: 3, 6 and 12 times the FLOPs of a run of the campaign, models of up to twice its width.
 Command: python -m research_env.main --config configs/research_env/pretrain_tiny.py
          python -m research_env.rl.transfer --config configs/research_env/rl_transfer.py
 """
@@ -57,10 +57,10 @@ def get_config() -> TransferConfig:
                 sample=SampleConfig(prompts=()),
             ),
             ladder=LadderConfig(
-                budgets_flops=(1e11, 2.5e11, 6.25e11),
+                budgets_flops=(2e11, 4e11, 8e11),
                 shapes=tuple(Shape(width=width, num_layers=2) for width in (32, 64, 96, 128)),
                 shapes_per_budget=3,
-                tokens_per_param=2.0,
+                tokens_per_param=8.0,
                 noise_seeds=(1,),
                 num_arm_budgets=3,
             ),
