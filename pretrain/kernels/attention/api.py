@@ -7,11 +7,13 @@ import dataclasses
 import functools
 import logging
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pretrain import compat
@@ -745,37 +747,37 @@ def _check(q, k, v, plan, segment_ids, spec, sinks, q_offset, impl, config, inte
         raise ConfigError(*faults)
 
 
-def _is_array(x: object) -> bool:
+def _is_array(x: Any) -> bool:
     """Arrays of jax and NumPy, tracers, and shapes that stand for them."""
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def _offset_faults(q_offset, batch: int, num_queries: int, num_keys: int, spec: AttentionSpec) -> list[str]:
+def _offset_faults(
+    q_offset: Any, batch: int, num_queries: int, num_keys: int, spec: AttentionSpec
+) -> list[str]:
     """What is wrong with an offset; its values are judged where they are known before tracing."""
     # bool is an int to Python and no row of anything.
-    if isinstance(q_offset, int) and not isinstance(q_offset, bool):
-        q_offset = np.asarray(q_offset)
-    if not _is_array(q_offset) or not jnp.issubdtype(q_offset.dtype, jnp.integer):
-        of = f"an array of {q_offset.dtype}" if _is_array(q_offset) else f"{q_offset!r}"
+    whole = isinstance(q_offset, int) and not isinstance(q_offset, bool)
+    offset: Any = np.asarray(q_offset) if whole else q_offset
+    if not _is_array(offset) or not jnp.issubdtype(offset.dtype, jnp.integer):
+        of = f"an array of {offset.dtype}" if _is_array(offset) else f"{offset!r}"
         return [f"q_offset must be an integer or an array of integers, got {of}; cast it to int32"]
-    if q_offset.shape not in ((), (batch,)):
+    if offset.shape not in ((), (batch,)):
         return [
-            f"q_offset must be one integer, or one a batch row, [{batch}], got shape {q_offset.shape}; give one"
+            f"q_offset must be one integer, or one a batch row, [{batch}], got shape {offset.shape}; give one"
         ]
     faults = []
-    if q_offset.shape and not spec.causal:
+    if offset.shape and not spec.causal:
         faults.append(
             "one offset a row is for causal attention, got causal=False; use one offset for the batch"
         )
-    known = isinstance(q_offset, np.ndarray | np.generic) or (
-        isinstance(q_offset, jax.Array)
-        and not isinstance(q_offset, jax.core.Tracer)
-        and q_offset.is_fully_addressable
+    known = isinstance(offset, np.ndarray | np.generic) or (
+        isinstance(offset, jax.Array) and not isinstance(offset, Tracer) and offset.is_fully_addressable
     )
     if known:
         # Rows that are decoded together end apart: the queries behind a row's own pad it and see no key of theirs.
-        last = num_keys - (1 if q_offset.shape else num_queries)
-        values = np.asarray(q_offset)
+        last = num_keys - (1 if offset.shape else num_queries)
+        values = np.asarray(offset)
         if ((values < 0) | (values > last)).any():
             faults.append(
                 f"q_offset must lie in [0, {last}], got {values.tolist()}; every query needs its own key"

@@ -18,6 +18,7 @@ of a tile.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +257,7 @@ def _ring_barriers(name: str, stages: int, copies: int = 1) -> dict[str, plgpu.B
     }
 
 
-def _forward_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, object]:
+def _forward_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, Any]:
     block_q, block_k, stages = blocks.block_q, blocks.block_k, blocks.stages
     tile_memory = _tile_memory(block_k)
     return {
@@ -272,7 +273,7 @@ def _forward_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, object
     }
 
 
-def _backward_q_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, object]:
+def _backward_q_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, Any]:
     block_q, block_k, stages = blocks.block_q_dq, blocks.block_k_dq, blocks.stages_bwd
     tile_memory = _tile_memory(block_k)
     return {
@@ -289,7 +290,7 @@ def _backward_q_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, obj
     }
 
 
-def _backward_kv_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, object]:
+def _backward_kv_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, Any]:
     block_q, block_k, stages = blocks.block_q_dkv, blocks.block_k_dkv, blocks.stages_bwd
     split = width >= SPLIT_WIDTH
     own_tiles = 1 if split else 2
@@ -312,7 +313,7 @@ def _backward_kv_memory(blocks: HopperBlocks, width: int, dtype) -> dict[str, ob
 def shared_memory_bytes(blocks: HopperBlocks, width: int) -> dict[str, int]:
     """What a thread block of each kernel takes of shared memory for bfloat16 heads of `width`, as Mosaic counts it."""
 
-    def taken(memory: dict[str, object], reduces: bool) -> int:
+    def taken(memory: dict[str, Any], reduces: bool) -> int:
         arrays = [x for x in memory.values() if not isinstance(x, plgpu.Barrier)]
         # One number, or a tuple of one, by the version of jax.
         barriers = sum(int(np.prod(x.num_barriers)) for x in memory.values() if isinstance(x, plgpu.Barrier))
