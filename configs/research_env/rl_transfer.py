@@ -3,7 +3,7 @@
 The ladder's base is that recipe at its own width, with width transfer; the campaign's best promoted change is its arm, on every
 budget: 3, 6 and 12 times the FLOPs of a run of the campaign, models of up to twice its width.
 Command: python -m research_env.main --config configs/research_env/pretrain_tiny.py
-         python -m research_env.rl.transfer --config configs/research_env/rl_transfer.py
+         python -m research_env.rl --config configs/research_env/rl_transfer.py
 """
 
 from pretrain.checkpoint import CheckpointPolicy

@@ -1,6 +1,6 @@
 """Does every part of a transfer work? A minute on one CPU core; the tests run it. Its multiplier has nothing to say.
 
-Command: python -m research_env.rl.transfer --config configs/research_env/rl_transfer_smoke.py campaign=FOLDER
+Command: python -m research_env.rl --config configs/research_env/rl_transfer_smoke.py campaign=FOLDER
 """
 
 import dataclasses

@@ -3,19 +3,17 @@
 The best promoted change of a campaign on `pretrain_tiny` becomes an arm of a ladder (pretrain/scaling): at every budget and
 shape the base recipe and the changed one are trained with the same FLOPs and seed. The answer is the effective compute
 multiplier, how much more compute the base needs for the changed recipe's loss, with its interval.
-`python -m research_env.rl.transfer --config FILE key=value ...`
+`python -m research_env.rl --config FILE key=value ...` does it.
 """
 
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import ConfigError, apply_overrides, load_config, local, parse_argv
-from pretrain.jobs.api import JobsFailed
+from pretrain.config import ConfigError, local
 from pretrain.rundir import write_atomic, write_json_atomic
 from pretrain.scaling.cells import LADDER, Cell
 from pretrain.scaling.compare import Multiplier
@@ -260,28 +258,3 @@ def text_of(report: Mapping[str, Any]) -> str:
     ]
     lines += [f"\nDoubt: {doubt}." for doubt in report["doubts"]]
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Replay a campaign's best change; the return value is the process' exit code (2: bad input, 1: cells failed)."""
-    try:
-        path, overrides = parse_argv(argv)
-        config = apply_overrides(load_config(path), overrides)
-        if not isinstance(config, TransferConfig):
-            raise ConfigError(
-                f"{path} must return a TransferConfig for research_env.rl.transfer, got {type(config).__name__}"
-            )
-        command = " ".join(["python -m research_env.rl.transfer --config", path, *overrides])
-        transfer(config, Path(path).stem, command, lambda line: print(line, flush=True))
-        return 0
-    except ConfigError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except JobsFailed as error:
-        print(f"error: {error}; the same command runs what is missing", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -5,15 +5,19 @@ import json
 import random
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from pretrain.config import ConfigError, apply_overrides, load_config
+from pretrain.model.transformer import ModelConfig, abstract_params, init_params, param_shardings
 from pretrain.rl.problem import Problem
+from pretrain.tokenizer import BytesConfig
 from pretrain.train import train
 from research_env.env import AIResearchEnv
 from research_env.ideator.llm import ModelIdeas
 from research_env.ideator.mutate import OPERATORS, MutationIdeas, find_sites, mutate
+from research_env.ledger import Ledger, ledger_path
 from research_env.records import Result, Status
 from research_env.rl.carry_out import ModelExecutor, SentenceExecutor, Sentences
 from research_env.rl.execution import ExecutedIdeas, best_epoch
@@ -232,17 +236,67 @@ EPOCH_NUMBERS = {
 }  # fmt: skip
 
 
-def learned(base: Path, workdir: Path, *overrides: str):
-    config = apply_overrides(
+def tiny(init: str, workdir: Path, *overrides: str) -> IdeatorConfig:
+    return apply_overrides(
         load_config(ROOT / "configs/research_env/rl_llm.py"),
         [
-            *TINY, f"init={base}", f"run.workdir={workdir}", f"data.workdir={workdir}/campaign", "run.num_steps=3",
+            *TINY, f"init={init or 'replaced'}", f"run.workdir={workdir}", f"data.workdir={workdir}/campaign", "run.num_steps=3",
             "run.writers=()", "data.samples_per_prompt=8", "data.slots=8", "data.max_new_tokens=40", "data.novelty_weight=0.1",
             "checkpoint.every_steps=none", "optim.peak_lr=1e-3", *overrides,
         ],
     )  # fmt: skip
-    assert isinstance(config, IdeatorConfig)
-    return train(config, name="ideator")
+
+
+@dataclasses.dataclass(frozen=True)
+class Untrained:
+    """A model that has read nothing."""
+
+    model: ModelConfig
+
+    def model_config(self):
+        return self.model
+
+    def vocab_size(self):
+        return self.tokenizer().vocab_size
+
+    def tokenizer(self):
+        return BytesConfig().build("", lambda max_bytes: iter(()))
+
+    def stated(self):
+        raise AssertionError("nothing is exported")
+
+    def params(self, model, mesh=None):
+        params = init_params(model, self.vocab_size(), seed=0)
+        return (
+            params
+            if mesh is None
+            else jax.device_put(params, param_shardings(abstract_params(model, self.vocab_size()), mesh))
+        )
+
+
+def test_an_epoch_goes_from_the_prompt_to_the_line_of_its_numbers(isolation, tmp_path):
+    """A model that knows nothing says no idea: every sample is refused, valued 0, counted, and no candidate runs."""
+    config = tiny(
+        "", tmp_path, "run.num_steps=1", "optim.schedule.num_warmup_steps=1", "data.max_new_tokens=8"
+    )
+    result = train(dataclasses.replace(config, init=Untrained(config.model)), name="ideator")
+    (line,) = [
+        record
+        for record in map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
+        if record["kind"] == "train"
+    ]
+    assert line["ideas"].keys() >= EPOCH_NUMBERS
+    assert (line["ideas"]["success_rate"], line["ideas"]["maximum"]) == (0.0, 0.0)
+    assert line["reward_mean"] == pytest.approx(0.1)  # all that is new earns, and this was
+    assert line["ideas"]["effective_ideas"] > 1
+    assert line["kl_to_start"] == 0
+    assert result.summary["greedy_status"] == "patch_rejected"
+    ledger = Ledger(ledger_path(tmp_path / "campaign"))
+    try:
+        assert ledger.spent()["runs"] == 1  # the baseline's
+        assert len(ledger.events("rl epoch")) == 1
+    finally:
+        ledger.close()
 
 
 @pytest.mark.slow
@@ -254,7 +308,7 @@ def test_a_tiny_model_learns_from_executed_ideas_and_stopping_changes_nothing(is
         ),
         name="base",
     ).folder
-    whole = learned(base, tmp_path / "whole")
+    whole = train(tiny(str(base), tmp_path / "whole"), name="ideator")
     lines = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if line["kind"] == "train"]
     assert len(epochs) == 3
@@ -266,5 +320,5 @@ def test_a_tiny_model_learns_from_executed_ideas_and_stopping_changes_nothing(is
     assert {"best_value", "best_idea", "greedy_status", "params_sha256"} <= whole.summary.keys()
     assert whole.summary["baseline_value"] == pytest.approx(1 / 3, rel=0.03)
     for stop in (1, 2, 3):
-        part = learned(base, tmp_path / "parts", f"run.stop_step={stop}")
+        part = train(tiny(str(base), tmp_path / "parts", f"run.stop_step={stop}"), name="ideator")
     assert part.summary["params_sha256"] == whole.summary["params_sha256"]

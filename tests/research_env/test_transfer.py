@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from pretrain.scaling.plan import Arm, plan_cells
 from research_env.diff import emit_diff, make_diff, read_change
 from research_env.ledger import Ledger, ledger_path
 from research_env.records import Node, tree_digest
+from research_env.rl.__main__ import main
 from research_env.rl.recipe_change import PLACES, RECIPE, Change, _read, recipe_changes, replay
 from research_env.rl.transfer import (
     ARM,
@@ -23,7 +26,6 @@ from research_env.rl.transfer import (
     at_equal_compute,
     by_budget,
     found_change,
-    main,
     paired,
     text_of,
     verdict,
@@ -202,6 +204,13 @@ def test_a_folder_without_a_campaign_and_one_without_a_promotion_are_named(tmp_p
     assert "got 0 confirmed and none promoted" in capsys.readouterr().err
     assert main(["--config", "configs/scaling/smoke.py"]) == 2
     assert "must return a TransferConfig" in capsys.readouterr().err
+
+
+def test_the_command_that_people_type_reads_its_config(tmp_path):
+    command = [sys.executable, "-m", "research_env.rl", "--config", SMOKE, f"campaign={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: campaign must be the folder of a campaign")
 
 
 def test_a_codebase_that_changed_since_is_refused(campaign, tmp_path):
