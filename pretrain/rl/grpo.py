@@ -29,8 +29,9 @@ class RlConfig(TrainConfig):
     leaves spikes alone.
     """
 
-    data: RolloutConfig
-    loss: PolicyLossConfig = PolicyLossConfig()
+    # Another objective reads another kind of data and loss; the loop passes both through.
+    data: RolloutConfig  # type: ignore[assignment]
+    loss: PolicyLossConfig = PolicyLossConfig()  # type: ignore[assignment]
     health: HealthConfig = HealthConfig(num_sigmas=1e9)
 
     def __post_init__(self):
@@ -39,7 +40,7 @@ class RlConfig(TrainConfig):
                 "init must name the policy that learning starts from, got nothing; pretrain one first"
             )
 
-    def objective(self) -> "GrpoObjective":
+    def objective(self) -> "GrpoObjective":  # type: ignore[override]
         return GrpoObjective(self)
 
 

@@ -198,7 +198,7 @@ class RolloutBatches:
         if self._rollout is None or self._config.updates_per_rollout == 1:
             return {}
         packed = io.BytesIO()
-        np.savez_compressed(packed, **self._rollout)
+        np.savez_compressed(packed, allow_pickle=False, **self._rollout)
         return {
             "first_step": self._first_step,
             "report": self._report,

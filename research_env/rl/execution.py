@@ -45,7 +45,8 @@ class ExecutedIdeas:
         novelty_weight: float,
     ):
         self._env, self._executor, self._seed, self._P = env, executor, seed, samples_per_group
-        self._reward, self._advantage = reward, advantage
+        self._reward: Reward = reward
+        self._advantage: Advantage = advantage
         self._count_weight, self._novelty_weight = count_weight, novelty_weight
         self._baseline = tree_digest(env.task.baseline)
         self._report: dict[str, Any] = {}

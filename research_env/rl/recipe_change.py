@@ -189,8 +189,9 @@ def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
         case ast.Tuple(elts=items):
             return tuple(_value(item, known) for item in items)
         case ast.Call(func=ast.Name(id=name), args=[]) if name in _CLASSES:
-            fields = {item.arg: _value(item.value, known) for item in node.keywords}
-            if None in fields or any(isinstance(value, Unread) for value in fields.values()):
+            fields = {item.arg: _value(item.value, known) for item in node.keywords if item.arg is not None}
+            is_whole = len(fields) == len(node.keywords)  # no **settings among them
+            if not is_whole or any(isinstance(value, Unread) for value in fields.values()):
                 return Unread(ast.dump(node))
             try:
                 return _CLASSES[name](**fields)
