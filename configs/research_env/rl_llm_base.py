@@ -40,7 +40,7 @@ def get_config() -> TrainConfig:
         ),
         optim=OptimConfig(method=AdamWConfig(), peak_lr=3e-3, schedule=WarmupCosine(num_warmup_steps=20)),
         loss=LossConfig(chunk_tokens=2048),
-        run=RunConfig(num_steps=400, log_every_steps=50),
+        run=RunConfig(num_steps=300, log_every_steps=50),
         checkpoint=CheckpointPolicy(every_steps=200),
         sample=SampleConfig(prompts=()),
     )
