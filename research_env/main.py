@@ -17,6 +17,7 @@ from research_env.records import Resource
 from research_env.rl.experiment import IdeatorRlConfig, run_experiment, table, verdicts
 from research_env.schedule import Devices, OutOfBudget
 from research_env.search.campaign import ArmResult, confirm_best, measure_noise, run_arm
+from research_env.search.compare import CompareConfig, comparison_table, run_comparison
 from research_env.search.recipe import ResearchConfig, build_arm, build_maker
 
 
@@ -31,9 +32,11 @@ def main(argv: Sequence[str]) -> int:
         console = Console(highlight=False)
         if isinstance(config, IdeatorRlConfig):
             return learn_ideas(config, console)
+        if isinstance(config, CompareConfig):
+            return compare(config, console)
         if not isinstance(config, ResearchConfig):
             raise ConfigError(
-                f"{path} must return a ResearchConfig or an IdeatorRlConfig for research_env.main, got "
+                f"{path} must return a ResearchConfig, a CompareConfig or an IdeatorRlConfig for research_env.main, got "
                 f"{type(config).__name__}"
             )
         return run(config, console)
@@ -99,6 +102,22 @@ def learn_ideas(config: IdeatorRlConfig, console: Console) -> int:
         return 1
     for text in (table(summary), "", *verdicts(summary), f"folder: {config.workdir}"):
         say(text)
+    return 0
+
+
+def compare(config: CompareConfig, console: Console) -> int:
+    """Run the campaigns of a comparison; print its table."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    try:
+        summary = run_comparison(config, say)
+    except RuntimeError as error:
+        say(f"stopped, and what ran is kept: {error}")
+        return 1
+    say(comparison_table(summary))
+    say(f"folder: {config.workdir}")
     return 0
 
 

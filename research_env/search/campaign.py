@@ -102,12 +102,13 @@ def run_arm(
     noise: Noise,
     baseline_mean: float,
     on_told: Callable[[Told], None] = lambda told: None,
+    is_enough: Callable[[Sequence[Told]], bool] = lambda told: False,
 ) -> ArmResult:
-    """Ask, make, run, tell, until `num_candidates` are told or the budget ends."""
+    """Ask, make, run, tell, until `num_candidates` are told, `is_enough` of all that was told, or the budget ends."""
     told: list[Told] = []
     seen = {syntax_digest(env.task.baseline)}
     num_duplicates, stopped = 0, ""
-    while len(told) < num_candidates and not stopped:
+    while len(told) < num_candidates and not stopped and not is_enough(told):
         proposals = search.ask(min(batch, num_candidates - len(told)))
         fresh: list[tuple[Proposal, Candidate]] = []
         try:
