@@ -189,6 +189,12 @@ class Halving:
                     found.append((name, rung + 1))
         return found
 
+    def place(self, name: str, rung: int) -> tuple[int, int]:
+        """(place from 1, how many) of a scored candidate at a rung; ties by name."""
+        scores = self._scores[rung]
+        ranked = sorted(scores, key=lambda other: (-scores[other], other))
+        return ranked.index(name) + 1, len(ranked)
+
     def killed(self) -> list[tuple[str, int]]:
         """Candidates that stay below: (name, the rung they ended at)."""
         return [

@@ -1,6 +1,8 @@
 """`python -m research_env.main --config FILE key=value ...`: search a codebase for improvements, or learn to have ideas."""
 
 import functools
+import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +15,12 @@ from research_env.choose import Noise, mean_interval
 from research_env.dashboards.live import LiveTable
 from research_env.dashboards.page import write_page
 from research_env.env import AIResearchEnv
-from research_env.records import Resource
+from research_env.records import Resource, Status
 from research_env.rl.experiment import IdeatorRlConfig, run_experiment, table, verdicts
 from research_env.schedule import Devices, OutOfBudget
 from research_env.search.campaign import ArmResult, confirm_best, measure_noise, run_arm
 from research_env.search.compare import CompareConfig, comparison_table, run_comparison
-from research_env.search.recipe import ResearchConfig, build_arm, build_maker
+from research_env.search.recipe import ResearchConfig, build_arm, build_maker, build_rungs
 
 
 def main(argv: Sequence[str]) -> int:
@@ -127,7 +129,7 @@ def _run_arm(
     search, maker = build_arm(name, config, noise), build_maker(env, name, config, mean)
     result = run_arm(
         env, search, maker, num_candidates=config.num_candidates, batch=config.batch, noise=noise, baseline_mean=mean,
-        on_told=functools.partial(view.told, name),
+        on_told=functools.partial(view.told, name), rungs=build_rungs(env, name, config),
     )  # fmt: skip
     return confirm_best(env, result, noise=noise, baseline_mean=mean, max_confirmed=config.max_confirmed)
 
@@ -135,14 +137,20 @@ def _run_arm(
 def write_summary(env: AIResearchEnv, arms: Sequence[ArmResult], noise: Noise, mean: float) -> dict:
     """The campaign in numbers, also as summary.json."""
     rows, winner = [], None
+    survivors = {(json.loads(detail)["arm"], node) for node, detail in env.ledger.events("survivor")}
     for arm in arms:
         best = arm.winner
+        spared = [t.gain for t in arm.told if t.gain is not None and (arm.arm, t.node.id) in survivors]
+        climbed = [t.gain for t in arm.told if t.gain is not None and (arm.arm, t.node.id) not in survivors]
         rows.append(
             {
                 "arm": arm.arm,
                 "told": len(arm.told),
                 "executed": arm.num_executed,
                 "ok": sum(item.gain is not None for item in arm.told),
+                "early_killed": sum(item.result.status is Status.EARLY_KILLED for item in arm.told),
+                "survivors": len(spared),  # ran on although halving would have ended them
+                "false_kills": sum(gain > max(climbed, default=-math.inf) for gain in spared),
                 "duplicates": arm.num_duplicates,
                 "best_gain": None if arm.best is None else arm.best.gain,
                 "corrected_gain": arm.corrected_best(noise),

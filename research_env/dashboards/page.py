@@ -5,6 +5,7 @@ escaping would still do nothing.
 """
 
 import collections
+import dataclasses
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,7 @@ def read_arms(ledger: Ledger) -> dict[str, list[tuple[Node, Result]]]:
         fields = json.loads(detail)
         result = ledger.result(fields["run"])
         assert result is not None, "told after it was finished"
+        result = dataclasses.replace(result, device_s=fields["device_s"])
         arms.setdefault(arm, []).append((ledger.node(fields["node"]), result))
     return arms
 

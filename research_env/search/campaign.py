@@ -25,6 +25,7 @@ from research_env.records import Result, Status
 from research_env.schedule import OutOfBudget
 from research_env.search.makers import Maker
 from research_env.search.proposal import Proposal, Search, Told
+from research_env.search.rungs import Rungs
 
 MAX_TRIES = 8  # ideas that repeat an earlier one of the arm are asked for again, with another key
 
@@ -103,8 +104,13 @@ def run_arm(
     baseline_mean: float,
     on_told: Callable[[Told], None] = lambda told: None,
     is_enough: Callable[[Sequence[Told]], bool] = lambda told: False,
+    rungs: Rungs | None = None,
 ) -> ArmResult:
-    """Ask, make, run, tell, until `num_candidates` are told, `is_enough` of all that was told, or the budget ends."""
+    """Ask, make, run, tell, until `num_candidates` are told, `is_enough` of all that was told, or the budget ends.
+
+    With `rungs` candidates climb by successive halving; else each runs at full length.
+    """
+    evaluate = env.evaluate if rungs is None else rungs.evaluate
     told: list[Told] = []
     seen = {syntax_digest(env.task.baseline)}
     num_duplicates, stopped = 0, ""
@@ -124,8 +130,8 @@ def run_arm(
                 if meaning is not None:
                     seen.add(meaning)
                 fresh.append((proposal, candidate))
-            results = env.evaluate([candidate for _, candidate in fresh])
-            fresh, results = _repair(env, maker, fresh, results)
+            results = evaluate([candidate for _, candidate in fresh], purpose="screen")
+            fresh, results = _repair(evaluate, maker, fresh, results)
         except OutOfBudget as error:
             stopped = str(error)
             break
@@ -141,9 +147,9 @@ def run_arm(
             item = Told(proposal, candidate.node, result, better_by)
             news.append(item)
             if (search.name, candidate.node.id) not in _told_nodes(env):
-                env.ledger.note(
-                    "told", search.name, json.dumps({"node": candidate.node.id, "run": result.run_key})
-                )
+                # What all rungs cost is not in the row of the last one.
+                detail = {"node": candidate.node.id, "run": result.run_key, "device_s": result.device_s}
+                env.ledger.note("told", search.name, json.dumps(detail))
             on_told(item)
         search.tell(news)
         maker.tell(news)
@@ -154,7 +160,10 @@ def run_arm(
 
 
 def _repair(
-    env: AIResearchEnv, maker: Maker, fresh: list[tuple[Proposal, Candidate]], results: list[Result]
+    evaluate: Callable[..., list[Result]],
+    maker: Maker,
+    fresh: list[tuple[Proposal, Candidate]],
+    results: list[Result],
 ) -> tuple[list[tuple[Proposal, Candidate]], list[Result]]:
     """Failures get another try each while the maker has one; a repaired candidate takes its parent's place."""
     fresh, results = list(fresh), list(results)
@@ -167,7 +176,7 @@ def _repair(
                 repaired[index] = child
         if not repaired:
             return fresh, results
-        found = env.evaluate(list(repaired.values()), purpose="repair")
+        found = evaluate(list(repaired.values()), purpose="repair")
         for (index, child), result in zip(repaired.items(), found, strict=True):
             fresh[index], results[index] = (fresh[index][0], child), result
         turn += 1

@@ -17,7 +17,7 @@ from research_env.records import Resource, Result
 from research_env.schedule import Devices
 from research_env.search.campaign import measure_noise, paired_gains, run_arm
 from research_env.search.proposal import Told
-from research_env.search.recipe import ResearchConfig, build_arm, build_maker
+from research_env.search.recipe import ResearchConfig, build_arm, build_maker, build_rungs
 
 NO_LIMIT = 1_000_000  # candidates: the device-seconds end an arm
 
@@ -130,6 +130,7 @@ def _run_arm(
         noise=noise,
         baseline_mean=mean,
         is_enough=is_spent,
+        rungs=build_rungs(env, name, campaign),
     )
     if arm.stopped:
         raise RuntimeError(f"{name} ended before its device-seconds: {arm.stopped}")

@@ -16,6 +16,7 @@ from research_env.search.greedy import Greedy
 from research_env.search.islands import Islands
 from research_env.search.makers import Maker, ModelMaker, MutationMaker
 from research_env.search.proposal import Search, Told
+from research_env.search.rungs import HalvingConfig, Rungs
 from research_env.search.tree import Tree
 
 ARMS = ("best_of_n", "greedy", "explore_exploit", "islands", "tree")
@@ -36,6 +37,7 @@ class ResearchConfig:
     epoch_size: int = 10  # explore_exploit: ideas an epoch
     noise_repeats: int = 8
     max_confirmed: int = 4
+    halving: HalvingConfig | None = None  # None: every candidate runs at full length
     ideas: MutationIdeas | ModelIdeas = MutationIdeas()
     sandbox: SandboxConfig = SandboxConfig()
     budget: Budget = Budget()
@@ -78,6 +80,15 @@ def build_arm(name: str, config: ResearchConfig, noise: Noise) -> Search:
         return passes_screen(item.gain - gains[parent], noise)
 
     return Greedy(config.seed, is_real)
+
+
+def build_rungs(env: AIResearchEnv, name: str, config: ResearchConfig) -> Rungs | None:
+    """How long candidates of arm `name` run.
+
+    Raises:
+      ConfigError: the task has no rungs below the top.
+    """
+    return None if config.halving is None else Rungs(env, config.halving, name, config.seed)
 
 
 def build_maker(env: AIResearchEnv, name: str, config: ResearchConfig, baseline_mean: float) -> Maker:

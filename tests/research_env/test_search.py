@@ -115,7 +115,7 @@ def _page(tmp_path: Path, text: str) -> Path:
     ledger.finish(
         "k", Result(status=Status.RUN_CRASH, reason=text, log_tail=text, isolation=text, curve=curve)
     )
-    ledger.note("told", text[:50], json.dumps({"node": node.id, "run": "k"}))
+    ledger.note("told", text[:50], json.dumps({"node": node.id, "run": "k", "device_s": 2.0}))
     summary = {
         "metric": text, "baseline": 1.0, "sigma0": 0.1, "noise_repeats": 3, "isolation": text, "winner": None,
         "arms": [{"arm": text}], "spent": ledger.spent(),
