@@ -1,5 +1,8 @@
 """Forged metrics: programs that try to speak for the judge. Whatever they do, the number is the judge's or there is none."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 
 from research_env.diff import emit_diff, make_diff
@@ -99,3 +102,24 @@ def test_only_the_judge_speaks(env, name):
         assert result.metric > 2.85, "a forged number"
         assert abs(result.metric - result.extra["true_loss"]) < 0.12
     assert env.task.private.keys() == {"eval.sh", "locked/evaluate.py", "task.toml"}
+
+
+DIFFS = runpy.run_path(str(Path(__file__).with_name("test_diff.py")))
+
+
+def test_no_hostile_diff_runs_anything_or_changes_a_file(env):
+    """182 diffs that name a path which is not theirs, one by one on the road that a real one takes: none earns a metric."""
+    hostile = [
+        form.format(path).replace("lib/a.py", "settings.py").replace("-one\n", '-"""Twenty constants.\n')
+        for form in DIFFS["_FORMS"].values()
+        for path in DIFFS["_BAD_PATHS"]
+    ]
+    assert len(set(hostile)) >= 100
+    folder = Path(env.task.folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    runs = env.ledger.spent()["runs"]
+    results = env.value_many(hostile)
+    assert {result.status for result in results} <= {Status.PATCH_REJECTED, Status.PATCH_FAILED}
+    assert all(result.reason for result in results)
+    assert env.ledger.spent()["runs"] == runs
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
