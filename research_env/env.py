@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from pretrain.config import stable_seed
+from pretrain.config import ConfigError, stable_seed
 from research_env.diff import DiffFailed, DiffRefused, make_diff, read_change
 from research_env.diff import emit_diff as _emit_diff
 from research_env.ledger import Ledger, ledger_path
@@ -24,7 +24,7 @@ from research_env.sandbox import cgroup
 from research_env.sandbox.ladder import Isolation, SandboxConfig, choose_level
 from research_env.sandbox.run import remove_scratch, scratch_root
 from research_env.schedule import PRIORITIES, Budget, Devices, run_all
-from research_env.task import Task, open_task
+from research_env.task import FINAL, Task, open_task
 from research_env.worker import JobSpec, campaign_prefix, job_name, run_job, sealed_folder
 
 
@@ -181,9 +181,10 @@ class AIResearchEnv:
 
     # --- running
 
-    def run_key(self, tree: str, seed: int, rung: float) -> str:
+    def run_key(self, tree: str, seed: int, rung: float, split: str = "search") -> str:
         """Hash of everything that decides a result."""
-        return digest("run", self.env_digest, tree, str(seed), repr(rung), str(self.resource))[:32]
+        parts = ("run", self.env_digest, tree, str(seed), repr(rung), str(self.resource))
+        return digest(*parts, *(() if split == "search" else (split,)))[:32]
 
     def evaluate(
         self,
@@ -208,6 +209,7 @@ class AIResearchEnv:
         *,
         rung: float | None = None,
         purpose: str = "screen",
+        split: str = "search",
     ) -> list[Result]:
         """`evaluate`, each candidate with its own seed (None is the campaign's screening seed)."""
         rung = self.task.rungs[-1] if rung is None else rung
@@ -220,7 +222,7 @@ class AIResearchEnv:
             if candidate.tree is None:
                 keys.append(self._record_refusal(candidate, seed, rung, purpose))
                 continue
-            key = self.run_key(candidate.node.tree_digest, seed, rung)
+            key = self.run_key(candidate.node.tree_digest, seed, rung, split)
             if self.ledger.result(key) is not None:
                 cached.add(key)
             elif key not in pending:
@@ -232,13 +234,13 @@ class AIResearchEnv:
             node = candidate.node
             is_baseline = node.tree_digest == tree_digest(self.task.baseline)
             self.ledger.enqueue(
-                key, node=node.id, purpose="baseline" if is_baseline else purpose, tree=node.tree_digest,
+                key, node=node.id, purpose="baseline" if is_baseline and split == "search" else purpose, tree=node.tree_digest,
                 seed=seed, rung=rung, resource=str(self.resource),
             )  # fmt: skip
 
         def run_one(key: str, leased: tuple[int, ...]) -> Result:
             candidate, seed = pending[key]
-            return self._run(key, candidate, seed, rung, leased)
+            return self._run(key, candidate, seed, rung, leased, split)
 
         def on_done(key: str, result: Result) -> None:
             shutil.rmtree(sealed_folder(self.workdir, key), ignore_errors=True)
@@ -257,6 +259,29 @@ class AIResearchEnv:
             results.append(dataclasses.replace(result, cache_hit=key in cached or key in seen))
             seen.add(key)
         return results
+
+    def final_score(self, node: Node, *, num_seeds: int = 3) -> list[tuple[Result, Result]]:
+        """(baseline, node) on the final split, on the same fresh seeds. One node a campaign: whoever may ask again selects by it.
+
+        Raises:
+          ConfigError: the task has no final split, or another node has had it.
+          OutOfBudget: before anything new is spent.
+        """
+        if not self.task.has_final:
+            raise ConfigError(
+                f"{self.task.name} has no final split; put its data into {FINAL} of the codebase"
+            )
+        chosen = self.ledger.pin("final", node.tree_digest)
+        if chosen != node.tree_digest:
+            raise ConfigError(
+                f"the final split was opened for tree {chosen[:12]} and scores no other; begin a new campaign"
+            )
+        pair = (self.add("", key="baseline"), Candidate(node, self.tree_of(node), None))
+        seeds = [stable_seed(self.seed, "final", number) for number in range(num_seeds)]
+        results = self.evaluate_pairs(
+            [(candidate, seed) for seed in seeds for candidate in pair], purpose="final", split="final"
+        )
+        return list(zip(results[::2], results[1::2], strict=True))
 
     def _fill_cache(self) -> None:
         """Run the baseline alone first, where a compile cache is wanted and absent: its compiles become the cache."""
@@ -294,7 +319,7 @@ class AIResearchEnv:
         return key
 
     def _run(
-        self, key: str, candidate: "Candidate", seed: int, rung: float, leased: tuple[int, ...]
+        self, key: str, candidate: "Candidate", seed: int, rung: float, leased: tuple[int, ...], split: str
     ) -> Result:
         assert candidate.tree is not None
         spec = JobSpec(
@@ -307,6 +332,7 @@ class AIResearchEnv:
             level=self.isolation.level,
             label=self.isolation.label,
             workdir=str(self.workdir),
+            split=split,
             cpus=leased if self.resource.kind == "CPU" else (),
             num_devices=self.resource.count,
             devices=() if self.resource.kind == "CPU" else leased,

@@ -4,14 +4,15 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from pretrain.config import ConfigError, apply_overrides, load_config, parse_argv
 from pretrain.rundir import write_json_atomic
-from research_env.choose import Noise, mean_interval
+from research_env.choose import Noise, gain, mean_interval
 from research_env.dashboards.live import LiveTable
 from research_env.dashboards.page import write_page
 from research_env.env import AIResearchEnv
@@ -77,6 +78,9 @@ def run(config: ResearchConfig, console: Console) -> int:
             for name in config.arms:
                 arms.append(_run_arm(env, name, config, noise, mean, view))
         fields = write_summary(env, arms, noise, mean)
+        if env.task.has_final and fields["winner"] is not None:
+            fields["final"] = score_final(env, fields["winner"]["node"])
+            write_json_atomic(Path(env.workdir) / "summary.json", fields)
         page = write_page(env.ledger, env.task, env.workdir / "index.html", fields)
         best = fields["winner"]
         if best is None:
@@ -87,8 +91,30 @@ def run(config: ResearchConfig, console: Console) -> int:
                 f"on {best['num_seeds']} fresh paired seeds: {best['idea']}",
                 markup=False,
             )
+            if "final" in fields:
+                console.print(f"final split: {final_line(fields['final'])}", markup=False, soft_wrap=True)
         console.print(f"page: {page}", markup=False, soft_wrap=True)
     return 0
+
+
+def score_final(env: AIResearchEnv, node: str) -> dict:
+    """The winner on data that no search has seen, beside the baseline on the same fresh seeds; once a campaign."""
+    try:
+        pairs = env.final_score(env.ledger.node(node))
+    except OutOfBudget as error:
+        return {"stopped": str(error)}
+    if any(result.metric is None for pair in pairs for result in pair):
+        return {"stopped": ", ".join(result.status.value for pair in pairs for result in pair)}
+    gains = [gain(mine.metric, base.metric, env.task.higher_is_better) for base, mine in pairs]
+    mean, lower, upper = mean_interval(gains)
+    return {"mean": mean, "lower": lower, "upper": upper, "num_seeds": len(gains)}
+
+
+def final_line(final: Mapping[str, Any]) -> str:
+    """One line for a person."""
+    if "stopped" in final:
+        return f"not scored: {final['stopped']}"
+    return f"gain {final['mean']:.4f} [{final['lower']:.4f}, {final['upper']:.4f}] on {final['num_seeds']} fresh paired seeds"
 
 
 def learn_ideas(config: IdeatorRlConfig, console: Console) -> int:
@@ -150,7 +176,7 @@ def write_summary(env: AIResearchEnv, arms: Sequence[ArmResult], noise: Noise, m
                 "ok": sum(item.gain is not None for item in arm.told),
                 "early_killed": sum(item.result.status is Status.EARLY_KILLED for item in arm.told),
                 "survivors": len(spared),  # ran on although halving would have ended them
-                "false_kills": sum(gain > max(climbed, default=-math.inf) for gain in spared),
+                "false_kills": sum(found > max(climbed, default=-math.inf) for found in spared),
                 "duplicates": arm.num_duplicates,
                 "best_gain": None if arm.best is None else arm.best.gain,
                 "corrected_gain": arm.corrected_best(noise),

@@ -12,7 +12,7 @@ from research_env.ledger import Ledger
 from research_env.records import Resource, Result, Status
 
 MAX_ATTEMPTS = 3
-PRIORITIES = {"baseline": 0, "confirm": 1, "repair": 2, "rung": 3, "screen": 3}
+PRIORITIES = {"baseline": 0, "confirm": 1, "final": 1, "repair": 2, "rung": 3, "screen": 3}
 
 
 class OutOfBudget(Exception):

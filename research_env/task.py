@@ -1,6 +1,6 @@
 """A codebase as a task: any folder with a `run.sh` and a locked `eval.sh`, and a `task.toml` for what differs from habit.
 
-The folder is split in three. *Private* files (eval.sh, locked/, task.toml) exist for the judge alone. The rest is the tree
+The folder is split in three. *Private* files (eval.sh, locked/, final/, task.toml) exist for the judge alone. The rest is the tree
 that a run sees; of it only the *editable* paths may be changed by a diff. `data/` is mounted read-only into the run.
 """
 
@@ -17,7 +17,8 @@ from pretrain.config import ConfigError
 from research_env.diff import PathPolicy
 from research_env.records import Limits, canonical_json, digest, tree_digest
 
-PRIVATE = ("eval.sh", "locked/", "task.toml")
+PRIVATE = ("eval.sh", "locked/", "final/", "task.toml")
+FINAL = "final/"  # data of the final split: a judge of the search does not have them
 IGNORED = (".git", "__pycache__", ".pytest_cache", ".venv")
 MAX_TREE_BYTES = 64 << 20
 _BUILT_IN = Path(__file__).parent / "tasks"
@@ -58,6 +59,11 @@ class Task:
         }
         records = [dataclasses.asdict(item) for item in (self.policy, self.limits, self.judge_limits)]
         return digest(canonical_json([named, records]), tree_digest(self.baseline), tree_digest(self.private))
+
+    @property
+    def has_final(self) -> bool:
+        """Whether the judge has a split that no search has seen."""
+        return any(path.startswith(FINAL) for path in self.private)
 
     def better(self, left: float, right: float) -> bool:
         """Whether metric `left` beats `right`."""

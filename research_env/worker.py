@@ -24,7 +24,7 @@ from research_env.records import Result, Status, tree_digest
 from research_env.sandbox import cgroup
 from research_env.sandbox.jail import NOBODY, Jail, Mount, python_mounts
 from research_env.sandbox.run import Job, Outcome, Scratch, scratch_root
-from research_env.task import Task, read_task
+from research_env.task import FINAL, Task, read_task
 
 LOG_TAIL_CHARACTERS = 4000
 _CURVE_LINE = re.compile(r"^step (\d{1,9}) loss (\d{1,9}(?:\.\d{1,12})?)\s*$", re.MULTILINE)
@@ -43,6 +43,7 @@ class JobSpec:
     level: str
     label: str  # what the result says about isolation
     workdir: str  # where sealed artifacts and the judge's files are
+    split: str = "search"  # which data the judge scores on: search, final
     cpus: tuple[int, ...] = ()
     num_devices: int = 1
     devices: tuple[int, ...] = ()  # leased accelerators, empty for cores
@@ -74,10 +75,17 @@ def sealed_folder(workdir: str | Path, run_key: str) -> Path:
     return Path(workdir) / "sealed" / run_key
 
 
-def lay_out_judge(task: Task, workdir: str | Path) -> Path:
-    """Write the private files and the judge's and server's code once; the folder's name is their digest."""
+def lay_out_judge(task: Task, workdir: str | Path, split: str = "search") -> Path:
+    """Write the private files and the judge's and server's code once; the folder's name is their digest.
+
+    The final split's files exist only in the folder of split "final".
+    """
     library = Path(__file__).parent / "evaluate"
-    files = {f"locked/{path}": data for path, data in task.private.items()}
+    files = {
+        f"locked/{path}": data
+        for path, data in task.private.items()
+        if split == "final" or not path.startswith(FINAL)
+    }
     files |= {
         "judge/judge.py": (library / "judge.py").read_bytes(),
         "server/server.py": (library / "server.py").read_bytes(),
@@ -134,7 +142,7 @@ def run_job(
     hierarchies = cgroup.find_hierarchies()
     scratch = Scratch(scratch_root(), spec.name, task.limits.disk_bytes + (4 << 20))
     try:
-        judge_files = lay_out_judge(task, spec.workdir)
+        judge_files = lay_out_judge(task, spec.workdir, spec.split)
         assert digest_folder(judge_files) == judge_files.name, (
             f"locked files in {judge_files} were changed; delete the folder"
         )
@@ -346,6 +354,7 @@ def _judge(
         "ARTIFACT": "{artifact}",
         "JUDGE": "{judge}",
         "RESULT": "{result}/result.json",
+        "SPLIT": spec.split,
         "SEED": str(spec.seed),
         # Drawn after the run has ended, so that nothing trained could know which positions are tested.
         "JUDGE_SEED": str(int.from_bytes(os.urandom(4))),

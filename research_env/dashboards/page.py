@@ -96,7 +96,20 @@ def _headline(summary: Mapping[str, Any]) -> str:
     return base + (
         f"<p class='ok'>Promoted: {_text(winner['idea'])} Gain {winner['mean']:.4f} "
         f"[{winner['lower']:.4f}, {winner['upper']:.4f}] on {winner['num_seeds']} fresh paired seeds, "
-        f"{winner['posterior']:.4f} after shrinkage.</p><pre>{_text(winner['diff'])}</pre>"
+        f"{winner['posterior']:.4f} after shrinkage.</p>{_final(summary)}<pre>{_text(winner['diff'])}</pre>"
+    )
+
+
+def _final(summary: Mapping[str, Any]) -> str:
+    """What the winner is worth on data that no search has seen."""
+    if "final" not in summary:
+        return "<p class='note'>The task has no final split: the gain above is on data that the search has used.</p>"
+    final = summary["final"]
+    if "stopped" in final:
+        return f"<p class='bad'>The final split was not scored: {_text(final['stopped'])}</p>"
+    return (
+        f"<p class='ok'>Final split: gain {final['mean']:.4f} [{final['lower']:.4f}, {final['upper']:.4f}] on "
+        f"{final['num_seeds']} fresh paired seeds.</p>"
     )
 
 

@@ -118,6 +118,24 @@ def test_parallel_equals_series(tmp_path, isolation):
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.slow
+def test_eight_trainings_on_two_cores_equal_the_series_and_a_rerun_digest_for_digest(tmp_path, isolation):
+    """The byte language model of `toy`, short: jax, threads and the compile cache are where bits could differ."""
+    rates = [f"{0.001 * number:.3f}" for number in range(5, 12)]
+    head = "--- a/train.py\n+++ b/train.py\n@@ -1,1 +1,1 @@\n-LEARNING_RATE = 0.004\n+LEARNING_RATE = "
+    found = []
+    for name, num_cores in (("series", 1), ("again", 1), ("parallel", 2)):
+        devices = Devices({"CPU": sorted(os.sched_getaffinity(0))[:num_cores]})
+        with AIResearchEnv(
+            codebase="toy", workdir=tmp_path / name, sandbox=isolation, devices=devices
+        ) as env:
+            results = env.value_many(["", *(head + rate + "\n" for rate in rates)], rung=env.task.rungs[0])
+        assert all(result.status is Status.OK for result in results), results
+        found.append([(r.metric, r.artifact_digest, r.tree_digest) for r in results])
+    assert len(set(found[0])) == 8
+    assert found[0] == found[1] == found[2]
+
+
 def test_nothing_is_left_on_the_host(env):
     env.value(BETTER)
     assert not list(scratch_root().glob(campaign_prefix(env.workdir) + "*"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def prepare(folder: Path) -> None:
-    """Write data/train.bin (for runs) and locked/validation.bin (for the judge), ASCII bytes."""
+    """Write data/train.bin (for runs), locked/validation.bin and final/test.bin (for the judge), ASCII bytes."""
     parts = {"train": b"", "validation": b""}
     for name, text in sorted(pydoc_data.topics.topics.items()):
         held_out = hashlib.sha256(name.encode()).digest()[0] < 32
@@ -14,3 +14,5 @@ def prepare(folder: Path) -> None:
     (folder / "data").mkdir()
     (folder / "data" / "train.bin").write_bytes(parts["train"])
     (folder / "locked" / "validation.bin").write_bytes(parts["validation"][: 129 * 160])
+    (folder / "final").mkdir()
+    (folder / "final" / "test.bin").write_bytes(parts["validation"][129 * 160 :])
