@@ -8,6 +8,7 @@ bare number, never raises for a bad program, and runs each resulting tree once.
 """
 
 import dataclasses
+import os
 import platform
 import shutil
 import sys
@@ -16,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pretrain.config import ConfigError, stable_seed
+from pretrain.jobs.api import JobsConfig
 from research_env.diff import DiffFailed, DiffRefused, make_diff, read_change
 from research_env.diff import emit_diff as _emit_diff
 from research_env.ledger import Ledger, ledger_path
@@ -23,7 +25,7 @@ from research_env.records import Node, Resource, Result, Status, digest, tree_di
 from research_env.sandbox import cgroup
 from research_env.sandbox.ladder import Isolation, SandboxConfig, choose_level
 from research_env.sandbox.run import remove_scratch, scratch_root
-from research_env.schedule import PRIORITIES, Budget, Devices, run_all
+from research_env.schedule import PRIORITIES, Budget, Devices, run_all, run_all_on
 from research_env.task import FINAL, Task, open_task
 from research_env.worker import JobSpec, campaign_prefix, job_name, run_job, sealed_folder
 
@@ -57,11 +59,15 @@ class AIResearchEnv:
         budget: Budget | None = None,
         seed: int = 0,
         devices: Devices | None = None,
+        jobs: JobsConfig | None = None,
     ):
+        """`jobs` runs candidates on other processes or machines; None is this host, with leases of `devices`."""
         self.workdir = Path(workdir) if workdir else Path("runs") / "research" / Path(codebase).name
         self.resource = Resource.parse(resource)
         self.devices = devices or Devices.of_this_host()
-        self.devices.check(self.resource)
+        self.jobs = None if jobs is None else jobs.build(self.workdir / "jobs")
+        if self.jobs is None:
+            self.devices.check(self.resource)
         self.budget = budget or Budget()
         self.seed = seed
         self.ledger = Ledger(ledger_path(self.workdir))
@@ -250,7 +256,14 @@ class AIResearchEnv:
         queue = [
             (key, PRIORITIES["baseline" if not pending[key][0].node.diff else purpose]) for key in pending
         ]
-        run_all(queue, run_one, self.ledger, self.devices, self.resource, on_done)
+        if self.jobs is None:
+            run_all(queue, run_one, self.ledger, self.devices, self.resource, on_done)
+        else:
+
+            def make_spec(key: str) -> JobSpec:
+                return self._spec(key, *pending[key], rung, (), split)
+
+            run_all_on(self.jobs, queue, make_spec, self.ledger, self.resource, self.task, on_done)
         results = []
         seen: set[str] = set()
         for key in keys:
@@ -321,28 +334,10 @@ class AIResearchEnv:
     def _run(
         self, key: str, candidate: "Candidate", seed: int, rung: float, leased: tuple[int, ...], split: str
     ) -> Result:
-        assert candidate.tree is not None
-        spec = JobSpec(
-            run_key=key,
-            name=job_name(self.workdir, key),
-            task_folder=self.task.folder,
-            tree=candidate.tree,
-            seed=seed,
-            rung=rung,
-            level=self.isolation.level,
-            label=self.isolation.label,
-            workdir=str(self.workdir),
-            split=split,
-            cpus=leased if self.resource.kind == "CPU" else (),
-            num_devices=self.resource.count,
-            devices=() if self.resource.kind == "CPU" else leased,
-            device_kind=self.resource.kind,
-            cache=str(self.cache) if self.cache and (self.cache.is_dir() or self._is_filling_cache) else "",
-            fills_cache=self._is_filling_cache,
-        )
+        spec = self._spec(key, candidate, seed, rung, leased, split)
         is_sealed = self.ledger.states()[key] == "SEALED"
         try:
-            result = run_job(
+            return run_job(
                 spec, self.task, on_sealed=None if is_sealed else lambda found: self.ledger.seal(key, found)
             )
         except (OSError, TimeoutError) as error:
@@ -350,8 +345,32 @@ class AIResearchEnv:
                 status=Status.INFRA_ERROR, reason=f"{type(error).__name__}: {error}", seed=seed, rung=rung, run_key=key,
                 isolation=self.isolation.label, higher_is_better=self.task.higher_is_better,
             )  # fmt: skip
-        return dataclasses.replace(
-            result, env_digest=self.env_digest, diff_digest=digest(candidate.node.diff)
+
+    def _spec(
+        self, key: str, candidate: "Candidate", seed: int, rung: float, leased: tuple[int, ...], split: str
+    ) -> JobSpec:
+        assert candidate.tree is not None
+        return JobSpec(
+            run_key=key,
+            name=job_name(self.workdir, key),
+            task_folder=os.path.abspath(self.task.folder),
+            tree=candidate.tree,
+            env_digest=self.env_digest,
+            diff_digest=digest(candidate.node.diff),
+            seed=seed,
+            rung=rung,
+            level=self.isolation.level,
+            label=self.isolation.label,
+            workdir=os.path.abspath(self.workdir),
+            split=split,
+            cpus=leased if self.resource.kind == "CPU" else (),
+            num_devices=self.resource.count,
+            devices=() if self.resource.kind == "CPU" else leased,
+            device_kind=self.resource.kind,
+            cache=os.path.abspath(self.cache)
+            if self.cache and (self.cache.is_dir() or self._is_filling_cache)
+            else "",
+            fills_cache=self._is_filling_cache,
         )
 
     def _sweep(self) -> int:

@@ -59,6 +59,7 @@ def run(config: ResearchConfig, console: Console) -> int:
         budget=config.budget,
         seed=config.seed,
         devices=Devices.of_this_host([Resource.parse(text) for text in config.accelerators]),
+        jobs=config.jobs,
     ) as env:
         console.print(
             f"{env.task.name}: isolation {env.isolation.label}, {env.resource}, folder {env.workdir}",

@@ -8,10 +8,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pretrain.config import ConfigError
+from pretrain.jobs.api import Done, Job, Jobs, Lost, Resources
 from research_env.ledger import Ledger
 from research_env.records import Resource, Result, Status
+from research_env.task import Task
+from research_env.worker import JobSpec, run_spec
 
 MAX_ATTEMPTS = 3
+GRACE_S = 300.0  # of a job on a cluster, beyond the limits of what it runs
 PRIORITIES = {"baseline": 0, "confirm": 1, "final": 1, "repair": 2, "rung": 3, "screen": 3}
 
 
@@ -114,15 +118,8 @@ def run_all(
             with devices.lease(resource) as taken:
                 attempt = ledger.start(key)
                 result = run_one(key, taken)
-            if result.status.is_sample or attempt >= MAX_ATTEMPTS:
-                if result.status is Status.PREEMPTED:
-                    result = dataclasses.replace(
-                        result, status=Status.INFRA_ERROR, reason=f"preempted {attempt} times"
-                    )
-                ledger.finish(key, result)
-                on_done(key, result)
+            if _settle(ledger, key, result, attempt, on_done):
                 return
-            ledger.requeue(key, result.reason)
 
     ordered = [key for key, _ in sorted(keys, key=lambda item: item[1])]
     with concurrent.futures.ThreadPoolExecutor(max(1, devices.parallel(resource))) as pool:
@@ -134,3 +131,62 @@ def run_all(
             for future in futures:
                 future.cancel()
             raise
+
+
+def run_all_on(
+    jobs: Jobs,
+    keys: Sequence[tuple[str, int]],
+    make_spec: Callable[[str], JobSpec],
+    ledger: Ledger,
+    resource: Resource,
+    task: Task,
+    on_done: Callable[[str, Result], None] = lambda key, result: None,
+) -> None:
+    """`run_all` on a runner of jobs (processes, Ray, SLURM), which finds the machines. All files are on a disk they share.
+
+    What a machine or a queue took away is PREEMPTED, what else ends without a result is the host's fault; both are repeated
+    as in `run_all`. This process alone writes the ledger: seals of the machines are found on the shared disk.
+    """
+    is_cpu = resource.kind == "CPU"
+    needs = Resources(
+        num_cpus=resource.count,
+        num_devices=0 if is_cpu else resource.count,
+        memory_bytes=task.limits.memory_bytes + task.judge_limits.memory_bytes,
+        # The build, the run and the judge have their own limits; this ends what those did not.
+        timeout_s=2 * task.limits.wall_s + task.judge_limits.wall_s + GRACE_S,
+    )
+    waiting = [key for key, _ in sorted(keys, key=lambda item: item[1])]
+    while waiting:
+        attempts = {key: ledger.start(key) for key in waiting}
+        specs = {f"{key}-{attempts[key]}": make_spec(key) for key in waiting}
+        batch = [
+            Job(name=name, function=run_spec, arguments=(spec.to_json(),), resources=needs)
+            for name, spec in specs.items()
+        ]
+        waiting = []
+        for outcome in jobs.run(batch):
+            spec = specs[outcome.name]
+            if isinstance(outcome, Done):
+                result = Result.from_json(outcome.value)
+            else:
+                result = Result(
+                    status=Status.PREEMPTED if isinstance(outcome, Lost) else Status.INFRA_ERROR,
+                    reason=f"{outcome.reason()} {outcome.log_tail[-500:]}".strip(), seed=spec.seed, rung=spec.rung,
+                    run_key=spec.run_key, isolation=spec.label, higher_is_better=task.higher_is_better,
+                )  # fmt: skip
+            if not _settle(ledger, spec.run_key, result, attempts[spec.run_key], on_done):
+                waiting.append(spec.run_key)
+
+
+def _settle(
+    ledger: Ledger, key: str, result: Result, attempt: int, on_done: Callable[[str, Result], None]
+) -> bool:
+    """Record a result, or put the run back into the queue; whether it is settled."""
+    if not result.status.is_sample and attempt < MAX_ATTEMPTS:
+        ledger.requeue(key, result.reason)
+        return False
+    if result.status is Status.PREEMPTED:
+        result = dataclasses.replace(result, status=Status.INFRA_ERROR, reason=f"preempted {attempt} times")
+    ledger.finish(key, result)
+    on_done(key, result)
+    return True

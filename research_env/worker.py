@@ -23,6 +23,7 @@ from research_env.evaluate.seal import NoArtifact, digest_artifact, seal_artifac
 from research_env.records import Result, Status, tree_digest
 from research_env.sandbox import cgroup
 from research_env.sandbox.jail import NOBODY, Jail, Mount, python_mounts
+from research_env.sandbox.ladder import probe
 from research_env.sandbox.run import Job, Outcome, Scratch, scratch_root
 from research_env.task import FINAL, Task, read_task
 
@@ -38,6 +39,8 @@ class JobSpec:
     name: str  # prefix of every process group and folder of this job, so that a sweep finds them
     task_folder: str
     tree: Mapping[str, bytes]
+    env_digest: str
+    diff_digest: str
     seed: int
     rung: float
     level: str
@@ -153,6 +156,8 @@ def run_job(
             "rung": spec.rung,
             "isolation": spec.label,
             "tree_digest": tree_digest(spec.tree),
+            "env_digest": spec.env_digest,
+            "diff_digest": spec.diff_digest,
             "run_key": spec.run_key,
         }
         note = sealed.with_suffix(".json")
@@ -282,7 +287,8 @@ def _keep_cache(spec: JobSpec, scratch: Scratch) -> None:
 
 def _shares(spec: JobSpec) -> dict[str, str]:
     """What a job is told about its lease: as many threads as cores, and its own accelerators only."""
-    count = str(max(1, len(spec.cpus)))
+    # Unpinned cores are those of a job on a cluster, which gives it as many as the resource says.
+    count = str(len(spec.cpus) or (spec.num_devices if spec.device_kind == "CPU" else 1))
     shares = {name: count for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     if spec.devices:
         name = "TPU_VISIBLE_DEVICES" if spec.device_kind.upper().startswith("TPU") else "CUDA_VISIBLE_DEVICES"
@@ -485,6 +491,31 @@ def job_name(workdir: str | Path, run_key: str) -> str:
 def campaign_prefix(workdir: str | Path) -> str:
     """What every job name of this campaign folder starts with."""
     return f"autodidact-{stable_seed('campaign', os.path.realpath(workdir)):016x}-"
+
+
+def run_spec(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A job on a host of a cluster: `JobSpec.to_json` in, `Result.to_json` out.
+
+    The level was proved where the supervisor is, which says nothing about this host: it is tried here again, and where it does
+    not hold nothing runs. Accelerators are those that the cluster lent to this process.
+    """
+    spec = JobSpec.from_json(fields)
+    if spec.device_kind != "CPU":
+        lent = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        spec = dataclasses.replace(spec, devices=tuple(int(index) for index in lent.split(",") if index))
+    try:
+        lacks = [] if spec.level == "none" else [c.name for c in probe(spec.level).checks if not c.is_held]
+        if lacks:
+            reason = f"{spec.level} does not hold on {os.uname().nodename}: {', '.join(lacks)}"
+        elif spec.device_kind != "CPU" and len(spec.devices) != spec.num_devices:
+            reason = f"the cluster lent devices {spec.devices}, {spec.num_devices} were asked for"
+        else:
+            return run_job(spec, read_task(spec.task_folder)).to_json()
+    except (OSError, TimeoutError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    return Result(
+        status=Status.INFRA_ERROR, reason=reason, seed=spec.seed, rung=spec.rung, run_key=spec.run_key, isolation=spec.label
+    ).to_json()  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

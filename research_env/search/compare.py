@@ -89,6 +89,7 @@ def _run_campaign(config: CompareConfig, number: int, say: Callable[[str], None]
         budget=campaign.budget,
         seed=campaign.seed,
         devices=Devices.of_this_host([Resource.parse(text) for text in campaign.accelerators]),
+        jobs=campaign.jobs,
     ) as env:
         noise, mean = measure_noise(env, campaign.noise_repeats)
         say(f"campaign {number}: {env.task.metric} of the baseline {mean:.4f}, sigma0 {noise.sigma:.4f}")

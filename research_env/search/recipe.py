@@ -3,6 +3,7 @@
 import dataclasses
 
 from pretrain.config import ConfigError, local
+from pretrain.jobs.api import JobsConfig
 from research_env.choose import Noise, passes_screen, posterior_mean
 from research_env.env import AIResearchEnv
 from research_env.ideator.llm import ModelIdeas
@@ -40,6 +41,9 @@ class ResearchConfig:
     halving: HalvingConfig | None = None  # None: every candidate runs at full length
     ideas: MutationIdeas | ModelIdeas = MutationIdeas()
     sandbox: SandboxConfig = SandboxConfig()
+    jobs: JobsConfig | None = local(
+        None
+    )  # who runs candidates elsewhere: PoolConfig, RayJobsConfig, SlurmJobsConfig
     budget: Budget = Budget()
 
     def __post_init__(self) -> None:
