@@ -1,6 +1,8 @@
 """Laws of the environment on the planted task: one status a program, one run a tree, nothing lost, nothing forged."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +65,21 @@ def test_the_thesis_loop_in_ten_lines(env):
         researcher.learn(idea, diff, value)
     assert researcher.best is not None
     assert len(env.context().history) == 4
+
+
+def test_the_script_of_the_guide_runs_as_it_stands(tmp_path, isolation, monkeypatch, capsys):
+    """A user's own script: imports, ten lines, nothing else; it needs a jail, so it is not among the other guides' blocks."""
+    guide = Path(__file__).parents[2] / "docs" / "research.md"
+    (script,) = re.findall(r"```py\n(.*?)```", guide.read_text(), re.DOTALL)
+    lines = [line for line in script.splitlines() if line and not line.startswith("from ")]
+    assert len(lines) <= 10
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(script, str(guide), "exec"), names)
+    with names["env"] as env:
+        assert len(env.context().history) == len(names["researcher"].history) == 3
+    assert "status=<Status.OK" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "research" / "planted" / "ledger.sqlite").is_file()
 
 
 def test_bad_diffs_are_results_with_a_reason(env):

@@ -25,12 +25,15 @@ from research_env.ideator.context import code_text, history_text, quote
 from research_env.ideator.llm import ModelIdeas
 from research_env.ledger import Ledger
 from research_env.records import Node, Result, Status
+from research_env.sandbox.cgroup import find_hierarchies
 from research_env.sandbox.ladder import probe
+from research_env.sandbox.run import scratch_root
 from research_env.schedule import Budget, OutOfBudget
 from research_env.search.campaign import run_arm
 from research_env.search.makers import ModelMaker
 from research_env.search.proposal import Proposal
 from research_env.search.researcher import Researcher
+from research_env.worker import campaign_prefix
 from synth.llm.api import LLM, BadRequest, LostCall, Overloaded, Reply, Request, Usage
 
 
@@ -392,6 +395,11 @@ def test_fifty_kills_of_the_supervisor_lose_no_row_and_pay_for_no_call_twice(tmp
         done = found
         ledger.close()
     assert finish("killed") == whole
+    prefix = campaign_prefix(tmp_path / "killed")
+    assert not list(scratch_root().glob(prefix + "*")), "a folder of a killed job is left"
+    groups = find_hierarchies()
+    for parent in (*groups.v1.values(), groups.v2):
+        assert parent is None or not [name for name in os.listdir(parent) if name.startswith(prefix)]
     ledger = Ledger(ledger_file)
     counts = ledger.calls()
     ledger.close()
