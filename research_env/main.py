@@ -104,9 +104,13 @@ def score_final(env: AIResearchEnv, node: str) -> dict:
         pairs = env.final_score(env.ledger.node(node))
     except OutOfBudget as error:
         return {"stopped": str(error)}
-    if any(result.metric is None for pair in pairs for result in pair):
+    gains = [
+        gain(mine.metric, base.metric, env.task.higher_is_better)
+        for base, mine in pairs
+        if mine.metric is not None and base.metric is not None
+    ]
+    if len(gains) < len(pairs):
         return {"stopped": ", ".join(result.status.value for pair in pairs for result in pair)}
-    gains = [gain(mine.metric, base.metric, env.task.higher_is_better) for base, mine in pairs]
     mean, lower, upper = mean_interval(gains)
     return {"mean": mean, "lower": lower, "upper": upper, "num_seeds": len(gains)}
 

@@ -160,7 +160,7 @@ class Result(Record):
     peak_memory_bytes: int = 0
     peak_device_memory_bytes: int = 0
     seed: int = 0
-    rung: int | None = None
+    rung: float | None = None  # share of the full budget
     isolation: str = ""  # level of the jail, with what it lacks
     cache_hit: bool = False
     log_tail: str = ""

@@ -119,16 +119,8 @@ def run_arm(
         fresh: list[tuple[Proposal, Candidate]] = []
         try:
             for proposal in proposals:
-                for attempt in range(MAX_TRIES):
-                    candidate = maker.make(
-                        proposal, proposal.key if attempt == 0 else f"{proposal.key}~{attempt}"
-                    )
-                    meaning = None if candidate.tree is None else syntax_digest(candidate.tree)
-                    if meaning is None or meaning not in seen:
-                        break
-                    num_duplicates += 1
-                if meaning is not None:
-                    seen.add(meaning)
+                candidate, num_repeats = _make_new(maker, proposal, seen)
+                num_duplicates += num_repeats
                 fresh.append((proposal, candidate))
             results = evaluate([candidate for _, candidate in fresh], purpose="screen")
             fresh, results = _repair(evaluate, maker, fresh, results)
@@ -157,6 +149,23 @@ def run_arm(
         if not news:
             stopped = "the host failed on a whole batch"
     return ArmResult(search.name, tuple(told), (), num_duplicates, stopped)
+
+
+def _make_new(maker: Maker, proposal: Proposal, seen: set[str]) -> tuple[Candidate, int]:
+    """A candidate whose code means something new, or the last of MAX_TRIES; adds its meaning to `seen`, counts repeats."""
+    num_repeats = 0
+    while True:
+        key = proposal.key if num_repeats == 0 else f"{proposal.key}~{num_repeats}"
+        candidate = maker.make(proposal, key)
+        if candidate.tree is None:
+            return candidate, num_repeats
+        meaning = syntax_digest(candidate.tree)
+        if meaning not in seen:
+            seen.add(meaning)
+            return candidate, num_repeats
+        num_repeats += 1
+        if num_repeats == MAX_TRIES:
+            return candidate, num_repeats
 
 
 def _repair(

@@ -136,25 +136,24 @@ def _run_arm(
     if arm.stopped:
         raise RuntimeError(f"{name} ended before its device-seconds: {arm.stopped}")
     told = within(arm.told, env.resource, config.max_device_s)
-    best = max(
-        (item for item in told if item.gain is not None), key=lambda item: item.gain or 0.0, default=None
-    )
-    is_found = best is not None and best.gain is not None and best.gain > 0
-    gains: list[float] = []
-    if is_found:
-        baseline = env.add("", key="baseline")
-        candidate = Candidate(best.node, env.tree_of(best.node), None)
-        gains = paired_gains(env, candidate, baseline, range(config.num_fresh_seeds))
-    return {
+    better = [item for item in told if item.gain is not None and item.gain > 0]
+    best = max(better, key=lambda item: item.gain or 0.0, default=None)
+    row: dict[str, Any] = {
         "candidates": len(told),
         "ok": sum(item.gain is not None for item in told),
         "duplicates": arm.num_duplicates,
         "device_s": sum(device_seconds(item.result, env.resource) for item in told),
-        "screened_gain": best.gain if is_found else 0.0,
+    }
+    if best is None:
+        return row | {"screened_gain": 0.0, "gains": [], "gain": 0.0, "idea": "", "diff": ""}
+    candidate = Candidate(best.node, env.tree_of(best.node), None)
+    gains = paired_gains(env, candidate, env.add("", key="baseline"), range(config.num_fresh_seeds))
+    return row | {
+        "screened_gain": best.gain,
         "gains": gains,
-        "gain": sum(gains) / len(gains) if gains else 0.0,
-        "idea": best.node.idea if is_found else "",
-        "diff": best.node.diff if is_found else "",
+        "gain": sum(gains) / len(gains),
+        "idea": best.node.idea,
+        "diff": best.node.diff,
     }
 
 
