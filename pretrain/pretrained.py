@@ -71,7 +71,7 @@ class Checkpoint:
         data = self._config()["data"]
         config = from_json(data["tokenizer"])
         if not config.trained:
-            return config.build(data["root"], lambda max_bytes: iter(()))
+            return config.build(data.get("root", ""), lambda max_bytes: iter(()))  # samples lie in no folder
         folder = self.folder()
         for root in (folder, *folder.parents[:2]):
             path = root / "tokenizer.json"
@@ -83,7 +83,10 @@ class Checkpoint:
 
     def stated(self) -> Stated:
         """Texts as long as the rows of its training, ended by the eos of its tokenizer."""
-        return Stated(max_length=self._config()["data"]["row_length"])
+        data = self._config()["data"]
+        if "row_length" in data:
+            return Stated(max_length=data["row_length"])
+        return Stated(max_length=data["max_prompt_tokens"] + data["max_new_tokens"])
 
     def params(self, model: ModelConfig, mesh: Mesh | None = None) -> Params:
         """Its verified parameters, adapters merged.

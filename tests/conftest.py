@@ -35,6 +35,10 @@ ALLOWED_WARNINGS: tuple[tuple[str, str], ...] = (
         "a killed process left a part of an entry",
     ),
     (
+        r"ignore:os\.fork\(\) was called:RuntimeWarning",
+        "Ray and other libraries start programs by fork and exec, which is safe beside jax's threads",
+    ),
+    (
         "ignore:coroutine '.*(CheckpointHandler|cancellable|serialize|_create_paths|_save_fn).*' was never awaited:RuntimeWarning",
         "Orbax leaves them behind when a save fails, as tests that fill the disk make it",
     ),

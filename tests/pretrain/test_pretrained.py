@@ -23,8 +23,12 @@ from pretrain.model.layers import Rope
 from pretrain.model.transformer import LayerKind, ModelConfig, abstract_params
 from pretrain.optim import AdamWConfig, Constant, OptimConfig, WarmupCosine
 from pretrain.pretrained import Checkpoint, load_init, open_pretrained
+from pretrain.rl.grpo import RlConfig
+from pretrain.rl.problem import ArithmeticConfig
+from pretrain.rl.reward import NumberReward
+from pretrain.rl.rollout import RolloutConfig
 from pretrain.sharding import MeshConfig, make_mesh
-from pretrain.tokenizer import BpeConfig
+from pretrain.tokenizer import BpeConfig, BytesConfig
 from pretrain.train import RunConfig, TrainConfig, train
 
 MODEL = ModelConfig(num_layers=2, width=16, num_heads=2, num_kv_heads=2, head_width=8, hidden_width=16)
@@ -88,6 +92,25 @@ def test_the_newest_step_of_a_run_is_its_model(run):
         assert_same_bits(source.params(MODEL), params)
     older = Checkpoint(path=str(folder / "checkpoints" / "3")).params(MODEL)
     assert_same_bits(older, jax.tree.map(lambda x: x + 2, params))
+
+
+def test_a_policy_that_learned_from_rewards_is_a_model_as_any_other(tmp_path):
+    data = RolloutConfig(
+        problems=ArithmeticConfig(max_operand=9, num_train=8, num_heldout=4), reward=NumberReward(),
+        tokenizer=BytesConfig(), prompts_per_step=1, samples_per_prompt=2, max_prompt_tokens=6, max_new_tokens=3,
+    )  # fmt: skip
+    config = RlConfig(
+        model=MODEL, data=data, init="elsewhere", run=RunConfig(num_steps=5),
+        optim=OptimConfig(method=AdamWConfig(), peak_lr=1e-3, schedule=WarmupCosine(num_warmup_steps=1)),
+    )  # fmt: skip
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.float32), abstract_params(MODEL, 260))
+    checkpointer = Checkpointer(tmp_path / "checkpoints", to_json(config), "data")
+    checkpointer.save(State(jnp.int32(5), params, {"count": jnp.int32(5)}, {"accepted": jnp.int32(5)}), 5)
+    checkpointer.close()
+    source = open_pretrained(str(tmp_path))
+    assert source.tokenizer() == BytesConfig().build("", None)
+    assert source.stated().max_length == data.row_length
+    assert_same_bits(load_init(str(tmp_path), MODEL, source.tokenizer(), None), params)
 
 
 def test_init_lays_parameters_out_for_the_mesh(run):
