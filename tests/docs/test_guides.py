@@ -30,11 +30,12 @@ def commands():
                 yield pytest.param(line, id=f"{path.stem}: {line[:60]}")
 
 
-def test_there_is_a_guide_for_each_of_the_six_things_users_do():
+def test_there_is_a_guide_for_each_of_the_seven_things_users_do():
     assert [path.stem for path in GUIDES] == [
         "clusters",
         "models",
         "research",
+        "rl",
         "scale",
         "synthesize",
         "train",
