@@ -76,7 +76,8 @@ class ArithmeticConfig:
 class QuestionFileConfig:
     """JSONL files (plain, .gz or .zst) with a question and its answer, as those of GSM8K: the answer stands after `####`.
 
-    `template` makes the prompt from {question}.
+    `template` makes the prompt from {question}, its other braces stand as they are. Questions of more than
+    `max_question_characters` are left out, so that no prompt is longer than the run allows.
     """
 
     train_path: str
@@ -84,6 +85,7 @@ class QuestionFileConfig:
     question_key: str = "question"
     answer_key: str = "answer"
     template: str = "Question: {question}\nAnswer:"
+    max_question_characters: int | None = None
     num_train: int | None = None
     num_heldout: int | None = 200
 
@@ -112,14 +114,21 @@ class QuestionFileConfig:
                     f"{path}:{number} must be an object with {self.question_key!r} and {self.answer_key!r}, got "
                     f"{line[:60]!r} ({type(error).__name__})"
                 ) from error
+            if self.max_question_characters is not None and len(question) > self.max_question_characters:
+                continue
             answer = answer.rpartition("####")[2].strip()
             found.append(
                 Problem(
                     id=f"{Path(path).name}:{number}",
-                    prompt=self.template.format(question=question),
+                    prompt=self.template.replace("{question}", question),
                     answer=answer,
                 )
             )
         if not found:
-            raise ConfigError(f"{path} must hold at least one problem, got none")
+            limit_words = (
+                ""
+                if self.max_question_characters is None
+                else f" of at most {self.max_question_characters} characters"
+            )
+            raise ConfigError(f"{path} must hold at least one problem{limit_words}, got none")
         return tuple(found)

@@ -1,5 +1,7 @@
 """Rewards: numbers are compared as fractions, and texts that play with the checker earn nothing."""
 
+import dataclasses
+import json
 from fractions import Fraction
 
 import pytest
@@ -114,3 +116,17 @@ def test_question_files_are_read_and_a_broken_line_is_named(tmp_path):
     path.write_text('{"question": "1+1?"}\n')
     with pytest.raises(ConfigError, match=r"q\.jsonl:1"):
         config.train()
+
+
+def test_a_template_may_hold_tex_and_long_questions_are_left_out(tmp_path):
+    path = tmp_path / "q.jsonl"
+    lines = [{"problem": "1" * n + r"+\frac{1}{2}", "answer": "3/2"} for n in (1, 50, 2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = QuestionFileConfig(
+        train_path=str(path), heldout_path=str(path), question_key="problem",
+        template=r"{question} = \boxed{", max_question_characters=20, num_heldout=2,
+    )  # fmt: skip
+    assert [p.prompt for p in config.train()] == [r"1+\frac{1}{2} = \boxed{", r"11+\frac{1}{2} = \boxed{"]
+    assert [p.id for p in config.heldout()] == ["q.jsonl:1", "q.jsonl:3"]
+    with pytest.raises(ConfigError, match="at least one problem of at most 5 characters"):
+        dataclasses.replace(config, max_question_characters=5).train()

@@ -1,0 +1,34 @@
+"""Does a small model learn to write right programs from their tests alone, each test run in the sandbox?
+
+Tasks are made on the spot (research_env/rl/programs.py). Of other tasks, such as those of MBPP: a QuestionFileConfig whose
+answers are JSON lists of [input, output] pairs. A sample costs a process in a jail for each test until one fails.
+Nobody has run it to its end yet; the tests run a step of it.
+Command: python -m pretrain.main --config configs/rl/code_base.py
+         python -m pretrain.main --config configs/rl/code_grpo.py init=runs/code_base/FINGERPRINT
+"""
+
+import dataclasses
+from pathlib import Path
+
+from pretrain.config import load_config
+from pretrain.rl.grpo import RlConfig
+from research_env.rl.code_reward import CodeReward
+from research_env.rl.programs import ProgramTasksConfig
+
+
+def get_config() -> RlConfig:
+    sums = load_config(Path(__file__).with_name("arithmetic_grpo.py"))
+    return dataclasses.replace(
+        sums,
+        init="runs/code_base",
+        data=dataclasses.replace(
+            sums.data,
+            problems=ProgramTasksConfig(),
+            reward=CodeReward(wall_s=2.0),
+            reward_timeout_s=10.0,  # two tests of two seconds, and what starting their jails takes
+            prompts_per_step=16,
+            max_prompt_tokens=16,
+            max_new_tokens=48,
+            slots=128,
+        ),
+    )
