@@ -271,10 +271,10 @@ class Ledger:
             ).fetchall()
 
     def spent(self) -> dict[str, float]:
-        """Totals: runs, device_s, tokens, cost_usd."""
+        """Totals: runs (begun or promised, not what was refused or cached), device_s, tokens, cost_usd."""
         with self._mutex:
             runs, device_s = self._db.execute(
-                "select count(*), coalesce(sum(device_s), 0) from runs where attempts > 0"
+                "select count(*), coalesce(sum(device_s), 0) from runs where attempts > 0 or state != 'DONE'"
             ).fetchone()
             tokens, cost = self._db.execute(
                 "select coalesce(sum(tokens_in + tokens_out), 0), coalesce(sum(cost_usd), 0) from calls"

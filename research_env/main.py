@@ -22,17 +22,20 @@ from research_env.schedule import Devices, OutOfBudget
 from research_env.search.campaign import ArmResult, confirm_best, measure_noise, run_arm
 from research_env.search.compare import CompareConfig, comparison_table, run_comparison
 from research_env.search.recipe import ResearchConfig, build_arm, build_maker, build_rungs
+from synth.llm.api import OutOfBudget as QuotaUsedUp
+from synth.llm.api import Overloaded
 
 
 def main(argv: Sequence[str]) -> int:
     """Run what a config describes; the return value is the process' exit code.
 
-    0 done, 2 bad input, 1 the baseline of a campaign fails, or learning meets the end of its budget or a failing host.
+    0 done; 2 bad input; 1 stopped, and running it again goes on: the baseline fails, the budget ends before there is anything
+    to compare with, the host or a model fails.
     """
+    console = Console(highlight=False)
     try:
         path, overrides = parse_argv(argv)
         config = apply_overrides(load_config(path), overrides)
-        console = Console(highlight=False)
         if isinstance(config, IdeatorRlConfig):
             return learn_ideas(config, console)
         if isinstance(config, CompareConfig):
@@ -47,6 +50,9 @@ def main(argv: Sequence[str]) -> int:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
+    except (OutOfBudget, Overloaded, QuotaUsedUp, RuntimeError) as error:
+        console.print(f"stopped, and what ran is kept: {error}", markup=False, soft_wrap=True)
+        return 1
 
 
 def run(config: ResearchConfig, console: Console) -> int:
@@ -65,11 +71,7 @@ def run(config: ResearchConfig, console: Console) -> int:
             f"{env.task.name}: isolation {env.isolation.label}, {env.resource}, folder {env.workdir}",
             markup=False,
         )
-        try:
-            noise, mean = measure_noise(env, config.noise_repeats)
-        except RuntimeError as error:
-            console.print(str(error), markup=False, soft_wrap=True)
-            return 1
+        noise, mean = measure_noise(env, config.noise_repeats)
         console.print(
             f"baseline {env.task.metric} {mean:.4f}, sigma0 {noise.sigma:.4f} from {noise.num_repeats} seeds"
         )
@@ -128,11 +130,7 @@ def learn_ideas(config: IdeatorRlConfig, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    try:
-        summary = run_experiment(config, say)
-    except (OutOfBudget, RuntimeError) as error:
-        say(f"stopped, and what ran is kept: {error}")
-        return 1
+    summary = run_experiment(config, say)
     for text in (table(summary), "", *verdicts(summary), f"folder: {config.workdir}"):
         say(text)
     return 0
@@ -144,11 +142,7 @@ def compare(config: CompareConfig, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    try:
-        summary = run_comparison(config, say)
-    except RuntimeError as error:
-        say(f"stopped, and what ran is kept: {error}")
-        return 1
+    summary = run_comparison(config, say)
     say(comparison_table(summary))
     say(f"folder: {config.workdir}")
     return 0

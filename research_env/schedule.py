@@ -25,7 +25,11 @@ class OutOfBudget(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a campaign may spend; None is no limit."""
+    """What a campaign may spend; None is no limit.
+
+    Runs, tokens and dollars are never exceeded. How many device-seconds a run takes is known when it has ended: once
+    `max_device_s` are spent no further batch begins, and a batch that has begun is finished.
+    """
 
     max_runs: int | None = None
     max_device_s: float | None = None
@@ -45,7 +49,7 @@ class Budget:
         """
         if self.max_runs is not None and spent["runs"] + num_new_runs > self.max_runs:
             raise OutOfBudget(
-                f"max_runs={self.max_runs}: {spent['runs']:.0f} are done, {num_new_runs} more were asked for"
+                f"max_runs={self.max_runs}: {spent['runs']:.0f} are done or promised, {num_new_runs} more were asked for"
             )
         for name, limit, new in (
             ("device_s", self.max_device_s, 0.0),

@@ -457,14 +457,21 @@ def read_metric(file: Path, task: Task) -> tuple[Status, str, float | None, dict
         return Status.METRIC_INVALID, f"the metric must be a number, got {type(metric).__name__}", None, {}
     low, high = task.metric_range
     if not low <= metric <= high:  # also false for NaN
-        return Status.METRIC_INVALID, f"the metric must lie in [{low:g}, {high:g}], got {metric:g}", None, {}
+        shown = str(metric)[:24]  # not as a float: JSON has whole numbers that are too large for one
+        return Status.METRIC_INVALID, f"the metric must lie in [{low:g}, {high:g}], got {shown}", None, {}
     extra = fields.get("extra", {})
-    numbers = (
-        {str(k)[:64]: float(v) for k, v in extra.items() if isinstance(v, (int, float))}
-        if isinstance(extra, dict)
-        else {}
+    extra = extra if isinstance(extra, dict) else {}
+    largest = sys.float_info.max
+    return (
+        Status.OK,
+        "",
+        float(metric),
+        {
+            str(k)[:64]: float(v)
+            for k, v in extra.items()
+            if isinstance(v, (int, float)) and -largest <= v <= largest
+        },
     )
-    return Status.OK, "", float(metric), numbers
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

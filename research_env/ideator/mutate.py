@@ -44,7 +44,11 @@ def find_sites(
             continue
         source = tree[path]
         lines = source.split(b"\n")
-        for node in ast.walk(ast.parse(source)):
+        try:
+            module = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError):
+            continue  # a candidate that does not compile has no constants
+        for node in ast.walk(module):
             if (
                 isinstance(node, ast.Assign)
                 and len(node.targets) == 1
@@ -140,7 +144,7 @@ def toggle(sites: Sequence[Site], rng: random.Random) -> tuple[list[tuple[Site, 
 
 def swap(sites: Sequence[Site], rng: random.Random) -> tuple[list[tuple[Site, str]], str] | None:
     """Another of the choices that the code's comment lists."""
-    named = [s for s in sites if s.choices]
+    named = [s for s in sites if set(s.choices) - {s.value}]
     if not named:
         return None
     site = rng.choice(named)
@@ -182,9 +186,17 @@ def mutate(
     frozen: Sequence[str] = (),
     focus: Sequence[str] = (),
 ) -> Idea:
-    """One idea against `tree`, with its diff. The tree must hold at least one constant that may change."""
+    """One idea against `tree`, with its diff.
+
+    Raises:
+      ConfigError: the tree holds no constant that may change.
+    """
     sites = find_sites(tree, policy, frozen, focus)
-    assert sites, "the editable files hold no constants; write ideas with a model instead"
+    if not sites:
+        raise ConfigError(
+            f"ideas=MutationIdeas changes constants, and the editable files hold none (focus={tuple(focus)}); widen "
+            "ideas.focus, or let a model have the ideas"
+        )
     names = list(OPERATORS)
     weights = [OPERATORS[name][1] for name in names]
     while True:
@@ -278,6 +290,10 @@ class MutationIdeator:
 
     def __init__(self, seed: int, config: MutationIdeas = MutationIdeas()):
         self._seed, self._config = seed, config
+
+    def can_change(self, tree: Mapping[str, bytes], policy: PathPolicy) -> bool:
+        """Whether `tree` holds a constant to change."""
+        return bool(find_sites(tree, policy, self._config.frozen, self._config.focus))
 
     def propose(
         self,

@@ -43,8 +43,12 @@ class MutationMaker:
         """A mutation of the proposal's base, sometimes crossed with another parent."""
         env = self._env
         base_node = env.ledger.node(proposal.base) if proposal.base else None
-        if base_node is not None and not base_node.tree_digest:
-            base_node = None  # the failure to debug never applied: start from the baseline
+        if base_node is not None and not (
+            base_node.tree_digest and self._ideator.can_change(env.tree_of(base_node), env.task.policy)
+        ):
+            base_node = (
+                None  # the failure to debug never applied or does not compile: start from the baseline
+            )
         tree = env.task.baseline if base_node is None else env.tree_of(base_node)
         nodes = [env.ledger.node(name) for name in proposal.others]
         others = [env.tree_of(node) for node in nodes if node.tree_digest]

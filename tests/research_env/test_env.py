@@ -15,7 +15,7 @@ from research_env.sandbox.run import scratch_root
 from research_env.schedule import Budget, Devices, OutOfBudget
 from research_env.search.researcher import Researcher
 from research_env.task import open_task, read_task
-from research_env.worker import campaign_prefix
+from research_env.worker import campaign_prefix, read_metric
 
 BETTER = "--- a/settings.py\n+++ b/settings.py\n@@ -5 +5 @@\n-WIDTH = 64\n+WIDTH = 128\n"
 
@@ -106,6 +106,46 @@ def test_a_budget_is_checked_before_the_spend(tmp_path, isolation):
         with pytest.raises(OutOfBudget, match="max_runs=1"):
             env.value(BETTER)
         assert env.ledger.spent()["runs"] == 1
+
+
+def test_what_was_promised_before_a_kill_counts_and_what_ran_stays_free(tmp_path, isolation):
+    diffs = [BETTER.replace("128", str(number)) for number in range(100, 104)]
+    with AIResearchEnv(codebase="planted", workdir=tmp_path / "run", sandbox=isolation) as env:
+        for text in diffs[:2]:  # what a kill between the intents and the first start leaves
+            node = env.add(text).node
+            env.ledger.enqueue(
+                env.run_key(node.tree_digest, env.screen_seed, 1.0), node=node.id, purpose="screen", tree=node.tree_digest,
+                seed=env.screen_seed, rung=1.0, resource="1xCPU",
+            )  # fmt: skip
+    with AIResearchEnv(
+        codebase="planted", workdir=tmp_path / "run", sandbox=isolation, budget=Budget(max_runs=2)
+    ) as env:
+        with pytest.raises(OutOfBudget, match="2 are done or promised"):
+            env.value_many(diffs[2:])
+        first = env.value_many(diffs[:2])
+        assert env.ledger.spent()["runs"] == 2
+    used_up = Budget(max_device_s=1e-9)
+    with AIResearchEnv(
+        codebase="planted", workdir=tmp_path / "run", sandbox=isolation, budget=used_up
+    ) as env:
+        assert [result.metric for result in env.value_many(diffs[:2])] == [result.metric for result in first]
+        with pytest.raises(OutOfBudget, match="max_device_s"):
+            env.value("")
+
+
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize("text", ['{"metric": HUGE}', "HUGE", '{"metric": 1, "extra": {"a": HUGE, "b": 2}}'])
+def test_a_whole_number_too_large_for_a_float_is_no_metric(tmp_path, text):
+    file = tmp_path / "result.json"
+    file.write_text(text.replace("HUGE", HUGE))
+    status, reason, metric, extra = read_metric(file, open_task("planted", tmp_path))
+    if "extra" in text:
+        assert (status, metric, extra) == (Status.OK, 1.0, {"b": 2.0})
+    else:
+        assert (status, metric) == (Status.METRIC_INVALID, None)
+        assert len(reason) < 100
 
 
 def test_a_second_supervisor_is_refused_and_a_restart_finds_the_rows(tmp_path, isolation):

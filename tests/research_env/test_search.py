@@ -13,12 +13,15 @@ from rich.console import Console
 from research_env.dashboards.live import LiveTable
 from research_env.dashboards.page import write_page
 from research_env.diff import PathPolicy, read_change
+from research_env.env import AIResearchEnv
 from research_env.ideator.mutate import MutationIdeas, cross
 from research_env.ledger import Ledger
 from research_env.main import main
 from research_env.novelty import jaccard, syntax_digest, words
 from research_env.records import Node, Result, Status
+from research_env.sandbox.ladder import probe
 from research_env.search.islands import Islands
+from research_env.search.makers import MutationMaker
 from research_env.search.proposal import Proposal, Told
 from research_env.search.tree import Tree
 from research_env.task import open_task
@@ -29,6 +32,16 @@ TREE = {
     "model.py": b'"""Doc."""\nRATE = 0.1\nON = False\nACT = "tanh"  # tanh, relu\nSIZE = 64\nf(depth=4)\n'
 }
 POLICY = PathPolicy(editable=("model.py",))
+
+
+@pytest.fixture(scope="module")
+def isolation():
+    """The first level that holds here."""
+    for level in ("unshare", "bwrap", "landlock"):
+        found = probe(level)
+        if found.is_held:
+            return found
+    pytest.skip("no level of isolation holds on this host")
 
 
 def test_every_mutation_applies_and_changes_something():
@@ -42,6 +55,30 @@ def test_every_mutation_applies_and_changes_something():
         operators.add(idea.operator)
     assert operators == {"scale", "toggle", "swap", "shape", "pair"}
     assert ideator.propose("7", TREE, POLICY, TREE, []) == ideator.propose("7", TREE, POLICY, TREE, [])
+
+
+def test_what_does_not_compile_or_holds_no_constant_is_not_mutated(tmp_path, capsys):
+    ideator = MutationIdeas().build(0)
+    assert ideator.can_change(TREE, POLICY)
+    assert not ideator.can_change({"model.py": TREE["model.py"] + b"x = (\n"}, POLICY)
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "answer.txt").write_text("3\n")
+    (code / "run.sh").write_text('cp answer.txt "$OUT"/answer.txt\n')
+    (code / "eval.sh").write_text('read x < "$ARTIFACT/answer.txt"; echo "{\\"metric\\": $x}" > "$RESULT"\n')
+    argv = ["--config", "configs/research_env/smoke.py", f"workdir={tmp_path / 'run'}", f"codebase={code}"]
+    assert main([*argv, "noise_repeats=2"]) == 2
+    assert "the editable files hold none" in capsys.readouterr().err
+
+
+def test_a_tree_search_debugs_what_does_not_compile(tmp_path, isolation):
+    with AIResearchEnv(codebase="planted", workdir=tmp_path, sandbox=isolation) as env:
+        broken = "--- a/settings.py\n+++ b/settings.py\n@@ -5 +5 @@\n-WIDTH = 64\n+WIDTH = (\n"
+        failed = env.add(broken, key="broken")
+        assert env.evaluate([failed])[0].status is Status.BUILD_FAILED
+        maker = MutationMaker(env, MutationIdeas(), 0, "tree")
+        child = maker.make(Proposal(key="tree/0/9", kind="debug", base=failed.node.id), "tree/0/9")
+        assert env.evaluate([child])[0].status is Status.OK
 
 
 def test_crossing_takes_both_parents_changes():
@@ -98,6 +135,25 @@ def test_a_campaign_runs_and_running_it_again_costs_nothing(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == first
     assert (tmp_path / "index.html").read_bytes() == page
     assert [arm["told"] for arm in first["arms"]] == [4, 4]
+
+
+def test_a_budget_too_small_to_measure_the_noise_is_one_line(tmp_path, capsys):
+    argv = ["--config", "configs/research_env/smoke.py", f"workdir={tmp_path}", "budget.max_runs=2"]
+    assert main(argv) == 1
+    assert "stopped, and what ran is kept: max_runs=2" in capsys.readouterr().out
+
+
+def test_a_campaign_whose_device_seconds_are_used_up_resumes_to_the_same_end(tmp_path):
+    argv = ["--config", "configs/research_env/smoke.py", f"workdir={tmp_path}", "noise_repeats=3"]
+    assert main([*argv, "num_candidates=4"]) == 0
+    spent = json.loads((tmp_path / "summary.json").read_text())["spent"]["device_s"]
+    limited = [*argv, f"budget.max_device_s={spent}", "num_candidates=8"]
+    assert main(limited) == 0
+    first = json.loads((tmp_path / "summary.json").read_text())
+    assert main(limited) == 0
+    assert json.loads((tmp_path / "summary.json").read_text()) == first
+    assert [arm["told"] for arm in first["arms"]] == [4, 4]
+    assert first["arms"][0]["stopped"].startswith("max_device_s=")
 
 
 def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys):
