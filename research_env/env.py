@@ -217,8 +217,15 @@ class AIResearchEnv:
         purpose: str = "screen",
         split: str = "search",
     ) -> list[Result]:
-        """`evaluate`, each candidate with its own seed (None is the campaign's screening seed)."""
+        """`evaluate`, each candidate with its own seed (None is the campaign's screening seed).
+
+        Raises:
+          OutOfBudget: before anything new is spent.
+          ConfigError: `split` is final, and it was opened for another tree than one of these.
+        """
         rung = self.task.rungs[-1] if rung is None else rung
+        if split == "final":
+            self._open_final([candidate for candidate, _ in pairs])
         self._fill_cache()
         keys: list[str] = []
         pending: dict[str, tuple[Candidate, int]] = {}
@@ -283,21 +290,29 @@ class AIResearchEnv:
           ConfigError: the task has no final split, or another node has had it.
           OutOfBudget: before anything new is spent.
         """
-        if not self.task.has_final:
-            raise ConfigError(
-                f"{self.task.name} has no final split; put its data into {FINAL} of the codebase"
-            )
-        chosen = self.ledger.pin("final", node.tree_digest)
-        if chosen != node.tree_digest:
-            raise ConfigError(
-                f"the final split was opened for tree {chosen[:12]} and scores no other; begin a new campaign"
-            )
         pair = (self.add("", key="baseline"), Candidate(node, self.tree_of(node), None))
         seeds = [stable_seed(self.seed, "final", number) for number in range(num_seeds)]
         results = self.evaluate_pairs(
             [(candidate, seed) for seed in seeds for candidate in pair], purpose="final", split="final"
         )
         return list(zip(results[::2], results[1::2], strict=True))
+
+    def _open_final(self, candidates: Sequence["Candidate"]) -> None:
+        """The first tree besides the baseline's that asks for the final split has it for the whole campaign."""
+        if not self.task.has_final:
+            raise ConfigError(
+                f"{self.task.name} has no final split; put its data into {FINAL} of the codebase"
+            )
+        baseline = tree_digest(self.task.baseline)
+        for candidate in candidates:
+            tree = candidate.node.tree_digest
+            if candidate.tree is None or tree == baseline:
+                continue
+            chosen = self.ledger.pin("final", tree)
+            if chosen != tree:
+                raise ConfigError(
+                    f"the final split was opened for tree {chosen[:12]} and scores no other; begin a new campaign"
+                )
 
     def _fill_cache(self) -> None:
         """Run the baseline alone first, where a compile cache is wanted and absent: its compiles become the cache."""

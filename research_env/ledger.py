@@ -2,8 +2,9 @@
 
 A run's key is a hash of everything that decides its result, so asking twice is one row. States only go forward:
 QUEUED -> RUNNING -> SEALED -> DONE. Opening a ledger takes a lock on its file and re-queues what a killed supervisor left
-RUNNING; a SEALED row keeps its artifact and is judged again, not trained again. Model replies are rows too: a campaign that
-was killed and restarted pays for no call twice.
+RUNNING; a SEALED row keeps its artifact and is judged again, not trained again. What the host failed at is re-queued as well where
+no search was told of it: a baseline, a confirmation, a final score. Model replies are rows too: a reply that was recorded is never
+paid again.
 """
 
 import fcntl
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ConfigError
-from research_env.records import Node, Result, canonical_json
+from research_env.records import Node, Result, Status, canonical_json
 
 _SCHEMA = """
 create table if not exists meta(name text primary key, value text not null);
@@ -69,6 +70,15 @@ class Ledger:
             for key in keys:
                 self._db.execute("update runs set state = 'QUEUED' where key = ?", (key,))
                 self._event("requeued", key, "the supervisor ended while it ran")
+            failed = self._db.execute(
+                "select key from runs where state = 'DONE' and status = ? and purpose in ('baseline', 'confirm', 'final')",
+                (Status.INFRA_ERROR.value,),
+            ).fetchall()
+            for (key,) in failed:
+                self._db.execute(
+                    "update runs set state = 'QUEUED', result = null, status = null where key = ?", (key,)
+                )
+                self._event("requeued", key, "the host failed before the restart")
             for (key,) in self._db.execute("select key from calls where state = 'ASKED'").fetchall():
                 self._lose(key)
         return len(keys)
@@ -197,7 +207,7 @@ class Ledger:
         with self._mutex:
             rows = self._db.execute(
                 "select runs.node, runs.purpose, runs.result from events join runs on runs.key = events.key "
-                "where events.kind = 'done' order by events.id"
+                "where events.kind = 'done' and runs.state = 'DONE' group by runs.key order by max(events.id)"
             ).fetchall()
         for node, found, body in rows:
             if purpose is None or found == purpose:

@@ -104,7 +104,7 @@ def score_final(env: AIResearchEnv, node: str) -> dict:
     """The winner on data that no search has seen, beside the baseline on the same fresh seeds; once a campaign."""
     try:
         pairs = env.final_score(env.ledger.node(node))
-    except OutOfBudget as error:
+    except (OutOfBudget, ConfigError) as error:  # also when a campaign that went on has another winner now
         return {"stopped": str(error)}
     gains = [
         gain(mine.metric, base.metric, env.task.higher_is_better)

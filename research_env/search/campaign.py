@@ -25,7 +25,7 @@ from research_env.records import Result, Status
 from research_env.schedule import OutOfBudget
 from research_env.search.makers import Maker
 from research_env.search.proposal import Proposal, Search, Told
-from research_env.search.rungs import Rungs
+from research_env.search.rungs import COSTS, Rungs
 
 MAX_TRIES = 8  # ideas that repeat an earlier one of the arm are asked for again, with another key
 
@@ -174,7 +174,7 @@ def _repair(
     fresh: list[tuple[Proposal, Candidate]],
     results: list[Result],
 ) -> tuple[list[tuple[Proposal, Candidate]], list[Result]]:
-    """Failures get another try each while the maker has one; a repaired candidate takes its parent's place."""
+    """Failures get another try each while the maker has one; a repaired candidate takes its parent's place and its costs."""
     fresh, results = list(fresh), list(results)
     turn = 0
     while True:
@@ -187,8 +187,16 @@ def _repair(
             return fresh, results
         found = evaluate(list(repaired.values()), purpose="repair")
         for (index, child), result in zip(repaired.items(), found, strict=True):
-            fresh[index], results[index] = (fresh[index][0], child), result
+            fresh[index] = (fresh[index][0], child)
+            results[index] = with_costs_of(result, results[index])
         turn += 1
+
+
+def with_costs_of(result: Result, earlier: Result) -> Result:
+    """`result` with the seconds of both runs: what a candidate cost is all that was run for it."""
+    return dataclasses.replace(
+        result, **{name: getattr(result, name) + getattr(earlier, name) for name in COSTS}
+    )
 
 
 def _told_nodes(env: AIResearchEnv) -> set[tuple[str, str]]:
@@ -232,7 +240,11 @@ def confirm_best(
 def paired_gains(
     env: AIResearchEnv, candidate: Candidate, baseline: Candidate, numbers: Sequence[int]
 ) -> list[float]:
-    """Gains over the baseline on the campaign's confirming seeds; a failed seed is the worst gain seen in the range."""
+    """Gains over the baseline on the campaign's confirming seeds; a seed on which the candidate fails has the range's worst metric.
+
+    Raises:
+      RuntimeError: the baseline or the host failed, so that the pair says nothing of the candidate.
+    """
     seeds = [stable_seed(env.seed, "confirm", number) for number in numbers]
     results = env.evaluate_pairs(
         [(c, seed) for seed in seeds for c in (candidate, baseline)], purpose="confirm"
@@ -243,6 +255,8 @@ def paired_gains(
     for mine, base in zip(results[::2], results[1::2], strict=True):
         if base.metric is None:
             raise RuntimeError(f"the baseline failed on a confirming seed: {base.status.value} {base.reason}")
+        if not mine.status.is_sample:
+            raise RuntimeError(f"the host failed on a confirming seed: {mine.status.value} {mine.reason}")
         gains.append(
             gain(worst if mine.metric is None else mine.metric, base.metric, env.task.higher_is_better)
         )

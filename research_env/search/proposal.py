@@ -19,7 +19,10 @@ class Proposal:
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """One finished candidate. `gain` over the baseline is positive when better, None for a failure."""
+    """One finished candidate. `gain` over the baseline is positive when better, None for a failure or an early end.
+
+    The result's seconds are those of all that was run for it: each rung, each attempt that was repaired.
+    """
 
     proposal: Proposal
     node: Node

@@ -18,6 +18,8 @@ from research_env.choose import Halving
 from research_env.env import AIResearchEnv, Candidate
 from research_env.records import Result, Status, digest
 
+COSTS = ("wall_s", "judge_s", "device_s", "cpu_s")  # what several runs of one candidate add up
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HalvingConfig:
@@ -68,7 +70,7 @@ class Rungs:
             )
             passed = []
             for index, result in zip(running, found, strict=True):
-                for name in _COSTS:
+                for name in COSTS:
                     spent[index][name] += getattr(result, name)
                 results[index] = result
                 if result.metric is not None:
@@ -117,6 +119,3 @@ class Rungs:
         recorded = ledger.result(key)
         assert recorded is not None, "finished above"
         return recorded
-
-
-_COSTS = ("wall_s", "judge_s", "device_s", "cpu_s")

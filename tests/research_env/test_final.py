@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.config import ConfigError
 from research_env.env import AIResearchEnv
-from research_env.main import main
+from research_env.main import main, score_final
 from research_env.records import Status
 from research_env.sandbox.ladder import probe
 from research_env.task import open_task
@@ -99,6 +99,19 @@ def test_the_toy_task_keeps_its_final_text_apart(tmp_path):
     assert not [row for row in rows if row in search]
     assert not list(lay_out_judge(task, tmp_path / "judge").rglob("test.bin"))
     assert list(lay_out_judge(task, tmp_path / "judge", "final").rglob("test.bin"))
+
+
+def test_no_road_scores_a_second_tree_on_the_final_split(tmp_path, codebase, isolation):
+    with AIResearchEnv(codebase=codebase, workdir=tmp_path / "run", sandbox=isolation) as env:
+        first, second = (env.add(changed(value)) for value in (3.0, 2.0))
+        with pytest.raises(ConfigError, match="scores no other"):
+            env.evaluate_pairs([(first, 1), (second, 1)], purpose="final", split="final")
+        assert env.ledger.spent()["runs"] == 0
+        with pytest.raises(ConfigError, match="scores no other"):
+            env.evaluate_pairs([(second, 1)], split="final")
+        found = score_final(env, second.node.id)
+        assert found["stopped"].startswith("the final split was opened for tree ")
+        assert score_final(env, first.node.id)["num_seeds"] == 3
 
 
 def test_a_campaign_scores_its_winner_once_and_the_page_says_it(tmp_path, codebase):

@@ -10,6 +10,7 @@ from pretrain.jobs.pool import PoolConfig
 from research_env.env import AIResearchEnv
 from research_env.records import Status
 from research_env.sandbox.ladder import probe
+from research_env.search.campaign import paired_gains
 from research_env.worker import JobSpec, run_spec
 
 DIFFS = ["", "no diff"] + [
@@ -85,6 +86,22 @@ def test_what_a_cluster_lost_is_run_again_and_never_blamed_on_the_idea(tmp_path,
         result = env.value("")
         assert result.status is Status.INFRA_ERROR
         assert result.reason == "preempted 3 times"
+
+
+def test_a_fault_of_the_host_is_no_bad_gain_and_a_restart_tries_again(tmp_path, isolation):
+    folder = tmp_path / "run"
+    for jobs, num_results in ((ForgetfulConfig(num_losses=9), 2), (None, 2)):
+        with AIResearchEnv(codebase="planted", workdir=folder, sandbox=isolation, jobs=jobs) as env:
+            pair = (env.add(DIFFS[3]), env.add("", key="baseline"))
+            if jobs is None:
+                (found,) = paired_gains(env, *pair, range(1))
+                assert abs(found - 0.08) < 0.12  # WIDTH = 128 is worth 0.08, the noise is 0.02 in each
+            else:
+                with pytest.raises(RuntimeError, match="failed on a confirming seed: infra_error"):
+                    paired_gains(env, *pair, range(1))
+            results = list(env.ledger.results())
+            assert len(results) == num_results
+    assert {result.status for _, _, result in results} == {Status.OK}
 
 
 def test_a_host_without_the_level_or_the_lent_devices_runs_nothing(tmp_path, isolation, monkeypatch):

@@ -180,6 +180,9 @@ def test_revisions_see_the_error_and_repairs_see_the_log(tmp_path, isolation):
     with open_env(tmp_path, isolation) as env:
         (told,) = play(env, ideas, 1).told
         assert told.result.status is Status.OK
+        by_node = {node: result for node, _, result in env.ledger.results()}
+        spent = by_node[told.node.id].device_s + by_node[told.node.parents[0]].device_s
+        assert told.result.device_s == pytest.approx(spent)  # the crash was paid for as well
         assert told.result.extra["true_loss"] == pytest.approx(2.92)
         parent = env.ledger.node(told.node.parents[0])
         statuses = {node: result.status for node, _, result in env.ledger.results()}
