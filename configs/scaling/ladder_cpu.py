@@ -2,6 +2,11 @@
 
 Data: the standard library of the running Python, as bytes; nothing to download, and no run reads a byte twice.
 Command: python -m pretrain.scaling --config configs/scaling/ladder_cpu.py
+
+Measured on two CPU cores that did other work too, in 11 minutes: 26 runs; the held-out run of 3.75e12 FLOPs has loss 1.4242,
+predicted 1.4170 [1.3534, 1.5251], an error of -0.51 %. The fit itself doubts its parts: alpha 0.277 [0.171, 0.792] is not
+resolved by widths 16 to 80, and E is 0 [0, 0.653]. Slopes of the coordinate check (`check` before `--config`): logits +0.042,
+blocks -0.110 and -0.062; without width transfer +0.764, +0.648 and +0.620.
 """
 
 from pretrain.checkpoint import CheckpointPolicy

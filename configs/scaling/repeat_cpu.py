@@ -19,8 +19,9 @@ from pretrain.train import RunConfig, TrainConfig
 
 CORPORA = ("medquad", "openstax_ccby", "peps", "eips", "factbook")
 WIDTHS = (24, 32, 48, 64, 96)
-# The shares of the documents: about 1, 2, 4, .. 128 epochs of the run's tokens; all of the text would be 0.03 epochs.
-FRACTIONS = tuple(0.03 / 2**k for k in range(8))
+# The shares of the documents: about 1, 2, 4, .. 64 epochs of the run's tokens; all of the text is 0.06 epochs. The
+# smallest share is about eight documents: of fewer it would be their subject that counts.
+FRACTIONS = (1.0, *(0.06 / 2**k for k in range(7)))
 
 
 def get_config() -> ScalingConfig:
@@ -62,6 +63,6 @@ def get_config() -> ScalingConfig:
             shapes=tuple(Shape(width=width, num_layers=2) for width in WIDTHS),
             shapes_per_budget=4,
             tokens_per_param=20.0,
-            repeat=RepeatConfig(shape=Shape(width=64, num_layers=2), num_steps=900, fractions=FRACTIONS),
+            repeat=RepeatConfig(shape=Shape(width=64, num_layers=2), num_steps=1800, fractions=FRACTIONS),
         ),
     )

@@ -25,7 +25,7 @@ from pretrain.kernels.attention.plan import make_plan
 from pretrain.loss import LossConfig
 from pretrain.model.layers import earlier_tokens, look_up
 from pretrain.model.transformer import Block, ModelConfig, Params, forward, init_params, logits
-from pretrain.optim import OptimConfig, make_optimizer
+from pretrain.optim import Constant, OptimConfig, make_optimizer
 from pretrain.plots import COLORS, Curve, Panel, draw
 from pretrain.rundir import write_atomic, write_json_atomic
 from pretrain.scaling.origin import origin
@@ -169,7 +169,7 @@ def coordinate_panel(title: str, check: CoordinateCheck) -> Panel:
 
 
 def check_ladder(config: ScalingConfig, name: str, vocab_size: int) -> tuple[str, bool]:
-    """The check at the widths of a ladder with its optimizer, beside the control without width transfer.
+    """The check at the widths of a ladder with its optimizer at the full rate, beside the control without width transfer.
 
     Writes coordinates.json and coordinates.png into the ladder's folder. Returns what to print, and whether one rate
     serves all widths.
@@ -177,7 +177,9 @@ def check_ladder(config: ScalingConfig, name: str, vocab_size: int) -> tuple[str
     Raises:
       ConfigError: the ladder has fewer than two widths.
     """
-    model, optim = config.train.model, config.train.optim
+    model = config.train.model
+    # A schedule would still be warming up: these few steps ask what the peak rate moves.
+    optim = dataclasses.replace(config.train.optim, schedule=Constant())
     widths = sorted({shape.width for shape in config.ladder.shapes})
     if len(widths) < 2:
         raise ConfigError(

@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.config import ConfigError, load_config
 from pretrain.scaling.__main__ import main
-from pretrain.scaling.coordinates import check_ladder
+from pretrain.scaling.coordinates import CoordinateCheck, check_ladder
 
 ROOT = Path(__file__).parents[3]
 SMOKE = str(ROOT / "configs/scaling/smoke.py")
@@ -50,15 +50,30 @@ def test_a_coordinate_check_needs_two_widths():
         check_ladder(dataclasses.replace(config, ladder=one), "smoke", vocab_size=260)
 
 
+def test_rates_that_do_not_transfer_are_an_exit_code(tmp_path, capsys, monkeypatch):
+    tilted = CoordinateCheck(
+        widths=(8, 16, 32), changes={"logits": (1.0, 1.2, 1.44), "block 0": (1.0, 1.05, 1.1)}
+    )
+    monkeypatch.setattr("pretrain.scaling.coordinates.coordinate_check", lambda *_, **__: tilted)
+    assert main(["check", "--config", SMOKE, f"train.run.workdir={tmp_path}"]) == 1
+    assert "NOT flat within 0.15: logits; narrow widths" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_coordinate_check_tells_width_transfer_from_none(tmp_path, capsys):
-    """The smoke ladder is too narrow to be flat: the verdict says so, and the exit code."""
-    assert main(["check", "--config", SMOKE, f"train.run.workdir={tmp_path}"]) == 1
-    assert "NOT flat within 0.15: logits" in capsys.readouterr().out
+    assert main(["check", "--config", SMOKE, f"train.run.workdir={tmp_path}"]) == 0
+    assert "one rate serves widths 8 to 32" in capsys.readouterr().out
     found = json.loads((tmp_path / "smoke/coordinates.json").read_text())
     slopes = [found[key]["slopes"]["logits"] for key in ("width_transfer", "without")]
-    assert slopes[0] < 0 < slopes[1]
+    assert abs(slopes[0]) < 0.15 < slopes[1]
     assert (tmp_path / "smoke/coordinates.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_one_rate_serves_all_widths_of_the_ladder_that_predicts(tmp_path, capsys):
+    config = str(ROOT / "configs/scaling/ladder_cpu.py")  # its warmup is longer than the check
+    assert main(["check", "--config", config, f"train.run.workdir={tmp_path}"]) == 0
+    assert "one rate serves widths 16 to 128" in capsys.readouterr().out
 
 
 @pytest.mark.slow
