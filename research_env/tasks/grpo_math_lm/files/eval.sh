@@ -1,0 +1,1 @@
+exec "$PYTHON" -I locked/evaluate.py
