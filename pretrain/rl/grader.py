@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import multiprocessing
+import numbers
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -130,7 +131,7 @@ def _checked(reward: Reward, problem: Problem, text: str) -> tuple[float | None,
         value = reward(problem, text)
     except Exception:  # whatever a reward raises costs its sample alone
         return None, "raised"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are among these
         return None, "not a number"
     try:
         number = float(value)

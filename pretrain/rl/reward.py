@@ -20,16 +20,23 @@ class Reward(Protocol):
 
 
 _NUMBER = re.compile(
-    r"(?P<sign>[-+\u2212]?)\$?(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?:\.(?P<decimals>\d+))?(?:/(?P<below>\d+))?(?P<percent>%?)"
+    r"(?P<sign>[-+]?)\$?(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?:\.(?P<decimals>\d+))?(?:/(?P<below>\d+))?(?P<percent>%?)"
 )
+# Of TeX: no space after a comma, and the strokes before $ and %.
+_TEX_NUMBER = re.compile(r"\\!\s*|\\(?=[$%])")
 # Longer numbers are no answers to problems of this kind, and cost time without end.
 _MAX_CHARACTERS = 40
 
 
 def read_number(text: str) -> Fraction | None:
-    """The number that `text` is: digits with or without thousands commas, decimals, a/b, percent; else None."""
+    r"""The number that `text` is: digits with or without thousands commas, decimals, a/b, percent; else None.
+
+    As TeX writes them too: \$1,\!234 and 12\%.
+    """
     text = text.strip().rstrip(".").strip()
-    found = _NUMBER.fullmatch(text) if 0 < len(text) <= _MAX_CHARACTERS and text.isascii() else None
+    if not 0 < len(text) <= _MAX_CHARACTERS or not text.isascii():
+        return None
+    found = _NUMBER.fullmatch(_TEX_NUMBER.sub("", text))
     if found is None or (found["whole"] is None and found["decimals"] is None):
         return None
     if found["below"] is not None and (found["decimals"] is not None or int(found["below"]) == 0):
@@ -44,8 +51,10 @@ def read_number(text: str) -> Fraction | None:
     return -value if found["sign"] == "-" else value
 
 
-# TeX sets all of these as a box: \boxed {7} beside \boxed{8} is two answers.
-_BOX = re.compile(r"\\[a-zA-Z]*box(?:ed)?(?![a-zA-Z])")
+# TeX sets all of these as a box: \boxed {7} beside \boxed{8} is two answers. \mbox has no frame, units stand in it.
+_BOX = re.compile(r"\\(?!mbox(?![a-zA-Z]))[a-zA-Z]*box(?:ed)?(?![a-zA-Z])")
+# Between a word and another it parts them; elsewhere it says nothing.
+_IDLE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 
 
 def _whole(text: str) -> str | None:
@@ -71,12 +80,19 @@ def _boxed(text: str) -> str | None:
     return None
 
 
+def _plain(text: str) -> str:
+    return _IDLE_SPACE.sub("", " ".join(text.split()))
+
+
 _PLACES = {"whole": _whole, "hashes": _after_hashes, "boxed": _boxed}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NumberReward:
-    """1 when the answer is the right number, `format_reward` when it is another number in the right place, else 0."""
+    """1 when the answer is the right number, `format_reward` when it is another number in the right place, else 0.
+
+    Raises ValueError where the problem's own answer is no number: such a problem could not be solved.
+    """
 
     place: Literal["whole", "hashes", "boxed"] = "whole"
     format_reward: float = 0.0
@@ -88,11 +104,16 @@ class NumberReward:
             raise ConfigError(f"format_reward must lie in [0, 1), got {self.format_reward}")
 
     def __call__(self, problem: Problem, text: str) -> float:
+        expected = read_number(problem.answer)
+        if expected is None:
+            raise ValueError(
+                f"{problem.id} must have a number as its answer, got {problem.answer[:80]!r}; ExpressionReward reads more"
+            )
         answer = _PLACES[self.place](text)
         value = None if answer is None else read_number(answer)
         if value is None:
             return 0.0
-        return 1.0 if value == read_number(problem.answer) else self.format_reward
+        return 1.0 if value == expected else self.format_reward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +121,7 @@ class ExpressionReward:
     """`NumberReward` for answers like those of MATH: fractions, roots, polynomials, points; see expression.py.
 
     Numbers are compared as fractions, other answers by their values; a reference that cannot be read is met by its own
-    characters alone.
+    characters alone, white space that parts no words aside.
     """
 
     place: Literal["whole", "hashes", "boxed"] = "boxed"
@@ -118,7 +139,7 @@ class ExpressionReward:
             return 1.0 if number == expected_number else self.format_reward
         value, expected = read_expression(answer), read_expression(problem.answer)
         if expected is None:
-            return 1.0 if answer.split() == problem.answer.split() else 0.0
+            return 1.0 if _plain(answer) == _plain(problem.answer) else 0.0
         if value is None:
             return 0.0
         return 1.0 if value.equals(expected) else self.format_reward

@@ -1,6 +1,7 @@
 r"""Expressions: equal ones are equal however they are written, and what plays with the checker is no answer."""
 
 import math
+import time
 
 import hypothesis.strategies as st
 import pytest
@@ -40,6 +41,17 @@ def reward(answer, text):
         (r"x \le 5", r"x \le  5"),  # beyond the grammar: by its words
         ("1,234", "1234"),
         (r"\text{even}", r"\text{even}"),
+        (r"362,\!880", "362880"),  # as MATH writes thousands
+        (r"11,\! 111,\! 100", r"11,111,100"),
+        (r"\$1,\!657", r"\$1657"),
+        (r"18\%", "18%"),
+        ("-2,1", "-2, 1"),  # beyond the grammar too: white space beside signs is none
+        (r"x \le 5", r"x\le 5"),
+        ("2^{40}", "1099511627776"),
+        ("10^{-20}", r"\frac{1}{10^{20}}"),
+        (r"\frac{1}{\frac{2}{3}}", r"\frac{\frac{3}{1}}{2}"),
+        ("(x+y)^{9}-(x-y)^9", "(x+y)^9+(y-x)^9"),
+        ("0", "-0"),
     ],
 )
 def test_equal_answers_are_right(answer, text):
@@ -51,6 +63,16 @@ def test_equal_answers_are_right(answer, text):
     [
         (r"\frac{1}{2}", r"\frac{1}{3}", 0.1),
         (r"\frac{1}{3}", "0.33333333", 0.1),
+        (r"\frac{1}{3}", "0." + "3" * 30, 0.1),
+        # Whole and rational values are compared exactly, however large or small.
+        ("2^{40}", "1099511627777", 0.1),
+        ("123456789012345", "123456789012346+0", 0.1),
+        ("10^{-20}", "0", 0.1),
+        ("10^{-20}", "1-1", 0.1),
+        ("x", r"x+\frac{1}{10^{15}}", 0.1),
+        ("5 5", "55", 0.0),
+        ("12 a", "12a, 3", 0.0),
+        (r"\text{a b}", r"\text{ab}", 0.0),
         ("1/3", "0.333333333333333333", 0.1),  # of two plain numbers nothing is rounded
         (r"\sqrt{2}", "1.414", 0.1),
         ("x+1", "x+2", 0.1),
@@ -74,6 +96,16 @@ def test_equal_answers_are_right(answer, text):
         ("5", "1/0", 0.0),
         ("5", r"\frac{1}{0}", 0.0),
         ("5", "10^{64}^{64}", 0.0),
+        ("5", "(((9^{64})^{64})^{64})^{64}", 0.0),
+        ("5", "*".join(["9^{64}"] * 28), 0.0),
+        (r"\sqrt{2}", "10^{300}", 0.0),
+        (r"\sqrt{2}", "10^{64}*10^{64}*10^{64}*10^{64}*10^{64}", 0.1),
+        ("5", "\u0665", 0.0),
+        ("5", "5\uff0e0", 0.0),
+        ("5", "-5", 0.1),
+        ("5", "5%", 0.1),
+        ("3", "answer: 3 or 4", 0.0),
+        ("5", "5 cm", 0.1),
         ("5", "(" * 150 + "5", 0.0),
         ("5", "(" * 99 + "5" + ")" * 99, 0.0),
         ("5", "5" + "+0" * 200, 0.0),
@@ -127,6 +159,21 @@ def test_the_value_is_that_of_python_where_python_can_read_it(text):
 @given(st.text(max_size=60))
 def test_no_text_raises(text):
     assert reward("x+1", text) in (0.0, 0.1, 1.0)
+
+
+def test_the_dearest_texts_cost_little():
+    """A text that takes the time of its sample away would be dropped, and dropped is better than wrong."""
+    for text in ("*".join(["(9^{64})^{4}"] * 14), "+".join(["1/x^{64}"] * 22), "+".join(f"1/{10**9 + k}" for k in range(14)),
+                 r"\sqrt" * 39 + "2", r"\frac" * 39 + "2", "-" * 199 + "5"):  # fmt: skip
+        began = time.perf_counter()
+        reward("x+1", text)
+        assert time.perf_counter() - began < 0.25, text
+
+
+def test_a_unit_in_a_box_is_no_second_box():
+    problem = Problem(id="p", prompt="?", answer=r"864 \mbox{ inches}^2")
+    assert ExpressionReward()(problem, r"\boxed{864 \mbox{ inches}^2}") == 1.0
+    assert ExpressionReward()(problem, r"\fbox{3} \boxed{864 \mbox{ inches}^2}") == 0.0
 
 
 def test_places_and_bad_settings_are_those_of_numbers():

@@ -4,7 +4,9 @@ import dataclasses
 import math
 import os
 import time
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from pretrain.rl.grader import Grade, Grader
@@ -44,6 +46,24 @@ class Hostile:
                 return 10**400
             case "unpickles":
                 return Unpickles(1.0)
+            case "numpy":
+                return np.float32(0.25)
+            case "integer of numpy":
+                return np.int64(3)
+            case "truth of numpy":
+                return np.bool_(True)
+            case "array":
+                return np.array([1.0])
+            case "fraction":
+                return Fraction(1, 4)
+            case "complex":
+                return 1j
+            case "leave":
+                raise SystemExit(0)
+            case "interrupt":
+                raise KeyboardInterrupt
+            case "infinite":
+                return -math.inf
             case "pid":
                 return float(os.getpid())
         return float(text)
@@ -72,6 +92,23 @@ def test_every_fault_drops_one_sample_with_its_reason():
         ]  # fmt: skip
         assert grader.grade([]) == []
         assert grader.grade([(PROBLEM, "5")]) == [Grade(5.0)]
+
+
+def test_real_numbers_of_any_kind_count_and_what_is_none_does_not():
+    texts = ["numpy", "integer of numpy", "fraction", "truth of numpy", "array", "complex", "infinite"]
+    with Grader(Hostile(), timeout_s=5.0) as grader:
+        grades = grader.grade([(PROBLEM, text) for text in texts])
+        assert grades == [
+            Grade(0.25),
+            Grade(3.0),
+            Grade(0.25),
+            *3 * [Grade(None, "not a number")],
+            Grade(None, "not finite"),
+        ]
+        assert all(type(g.reward) is float for g in grades[:3])
+        grades = grader.grade([(PROBLEM, text) for text in ("leave", "1", "interrupt", "2")])
+        assert [g.reward for g in grades] == [None, 1.0, None, 2.0]
+        assert grades[0].reason == grades[2].reason == "died"
 
 
 def test_nothing_of_it_outlives_its_block():

@@ -24,6 +24,9 @@ PROBLEM = Problem(id="p", prompt="?", answer="1,234.5")
         ("50%", Fraction(1, 2)),
         ("18.", Fraction(18)),
         (".5", Fraction(1, 2)),
+        ("-0", Fraction(0)),
+        (r"\$1,\!234", Fraction(1234)),
+        (r"12.5\%", Fraction(1, 8)),
     ],
 )
 def test_numbers_are_read(text, value):
@@ -48,6 +51,15 @@ def test_numbers_are_read(text, value):
         "nan",
         "inf",
         "12 apples",
+        "\u22125",
+        "\uff15",
+        "5 %%",
+        "1,2345",
+        r"1\,234",
+        r"\!",
+        "+-5",
+        "1e999999999",
+        "3 or 4",
     ],
 )
 def test_what_is_no_number_is_none(text):
@@ -88,6 +100,13 @@ def test_only_one_answer_in_its_place_counts(place, text, reward):
 def test_a_wrong_number_in_the_right_place_earns_the_format_reward():
     reward = NumberReward(format_reward=0.1)
     assert [reward(PROBLEM, text) for text in ("1234.5", "7", "seven")] == [1.0, 0.1, 0.0]
+
+
+def test_a_reference_that_is_no_number_is_named():
+    with pytest.raises(
+        ValueError, match="p must have a number as its answer, got 'x=2'; ExpressionReward reads"
+    ):
+        NumberReward(format_reward=0.1)(Problem(id="p", prompt="?", answer="x=2"), "2")
 
 
 def test_a_random_reward_looks_at_no_answer():
