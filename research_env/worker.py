@@ -393,7 +393,7 @@ def _judge(
             try:
                 jobs.append(
                     Job(
-                        dataclasses.replace(jail, limits=limits),
+                        dataclasses.replace(jail, limits=limits, refuses_locks=True),
                         argv,
                         hierarchies,
                         stdin=to_server,

@@ -79,13 +79,19 @@ def mean_loss(
 ) -> float:
     """Mean nats per token over all rows, after testing that logits look at nothing ahead.
 
-    A suffix of some rows is replaced and the row goes to the second server: logits before the cut must agree within
+    A suffix of `num_cuts` rows is replaced and the row goes to the second server: logits before the cut must agree within
     `tolerance` (absolute). With n cuts a model that looks ahead on a share f of positions escapes with probability
-    (1 - f)^n.
+    (1 - f)^n; one that looks ahead everywhere, by less than the tolerance, gains up to 2 * tolerance nats a token. So
+    `num_cuts` is best all rows, and `tolerance` less than half of the task's `min_delta`.
 
     Raises:
       Invalid: the model broke the contract.
+      ValueError: there is one server only, which would remember what it was asked first.
     """
+    if len(servers) < 2:
+        raise ValueError(
+            f"the test needs two servers that share nothing, got {len(servers)}; write servers = 2"
+        )
     rng = np.random.default_rng(int(os.environ["JUDGE_SEED"]))
     total, count = 0.0, 0
     first, second = servers[0], servers[-1]

@@ -45,6 +45,7 @@ class Jail:
     limits: Limits
     cpus: tuple[int, ...] = ()
     devices: tuple[str, ...] = ()  # device files of leased accelerators
+    refuses_locks: bool = False  # of files, which would be a wire to whoever has the same files
 
     def path(self, name: str) -> str:
         """The path that the job has for the mount `name`."""

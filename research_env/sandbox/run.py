@@ -145,7 +145,10 @@ class Job:
             argv = [jail.expand(word) for word in argv]
             join_files = self._group.join_files
             if jail.level == "bwrap":
-                os.write(helper_fd, seccomp.filter_program(seccomp.IN_NETWORK_NAMESPACE))
+                os.write(
+                    helper_fd,
+                    seccomp.filter_program(seccomp.IN_NETWORK_NAMESPACE, refuses_locks=jail.refuses_locks),
+                )
                 os.lseek(helper_fd, 0, os.SEEK_SET)
                 command = bwrap.command(jail, argv, join_files, helper_fd, status_write)
             elif jail.level in ("unshare", "landlock"):

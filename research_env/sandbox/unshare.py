@@ -35,7 +35,9 @@ def command(
         "nobody": NOBODY,
         "system": SYSTEM,
         "system_files": SYSTEM_FILES,
-        "filter": base64.b64encode(seccomp.filter_program(families)).decode(),
+        "filter": base64.b64encode(
+            seccomp.filter_program(families, refuses_locks=jail.refuses_locks)
+        ).decode(),
     }
     os.write(orders_fd, marshal.dumps(orders))
     os.lseek(orders_fd, 0, os.SEEK_SET)

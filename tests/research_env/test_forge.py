@@ -1,12 +1,16 @@
 """Forged metrics: programs that try to speak for the judge. Whatever they do, the number is the judge's or there is none."""
 
+import re
 import runpy
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from research_env.diff import emit_diff, make_diff
 from research_env.env import AIResearchEnv
+from research_env.evaluate import judge
 from research_env.records import Status
 from research_env.sandbox.ladder import probe
 
@@ -102,6 +106,120 @@ def test_only_the_judge_speaks(env, name):
         assert result.metric > 2.85, "a forged number"
         assert abs(result.metric - result.extra["true_loss"]) < 0.12
     assert env.task.private.keys() == {"eval.sh", "locked/evaluate.py", "task.toml"}
+
+
+# A model that looks ahead, and whose two processes tell each other by locks what they were asked: the one that is asked second
+# then gives the answers of the first, though the tokens that it looks at were replaced.
+WIRE = """
+
+import fcntl, hashlib, os, struct
+
+_folder = os.path.dirname(os.__file__)
+_fds = [os.open(_folder + "/" + n, os.O_RDONLY) for n in sorted(os.listdir(_folder)) if n.endswith(".py")]
+_honest = load
+
+
+def _lock(command, kind, key, start, length):
+    order = struct.pack("hhqqi4x", kind, 0, (key << 15) | start, length, 0)
+    try:
+        return struct.unpack("hhqqi4x", fcntl.fcntl(_fds[key % len(_fds)], command, order))
+    except OSError:
+        return (fcntl.F_UNLCK,)
+
+
+def _known(row):
+    key = int.from_bytes(hashlib.sha256(row[:8].tobytes()).digest()[:5], "little")
+    found = [_lock(36, fcntl.F_WRLCK, key, t << 8, 256) for t in range(len(row))]
+    if found[0][0] != fcntl.F_UNLCK:
+        return [place[2] & 255 for place in found]
+    for t, token in enumerate(row):
+        _lock(37, fcntl.F_RDLCK, key, (t << 8) | int(token), 1)
+    return [int(token) for token in row]
+
+
+def load(folder):
+    logits_of = _honest(folder)
+
+    def logits(tokens_BT):
+        out_BTV = logits_of(tokens_BT).copy()
+        for row, tokens in enumerate(tokens_BT):
+            tokens = _known(tokens)
+            for t in range(8, len(tokens) - 1):
+                out_BTV[row, t, tokens[t + 1]] += 20.0
+        return out_BTV
+
+    return logits
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["bwrap", "unshare"])
+def test_the_two_processes_of_a_model_have_no_wire(tmp_path, level):
+    found = probe(level)
+    if not found.is_held:
+        pytest.skip(f"{level} does not hold here")
+    with AIResearchEnv(codebase="toy", workdir=tmp_path, sandbox=found) as env:
+        base = env.task.baseline
+        text = emit_diff(make_diff(base, {**base, "model.py": base["model.py"] + WIRE.encode()}))
+        result = env.value(text, rung=env.task.rungs[0])
+    assert result.status is Status.METRIC_INVALID, result
+    assert "the model looks ahead" in result.reason
+
+
+class Model:
+    """A served model in this process; `ahead` is how far the next token's logit is lifted, on a share of the positions."""
+
+    def __init__(self, ahead, share=1.0):
+        self._ahead, self._share = ahead, share
+
+    def logits(self, tokens_BT, vocab_size):
+        out_BTV = np.zeros((*tokens_BT.shape, vocab_size), np.float32)
+        rows, times = np.indices(tokens_BT[:, :-1].shape)
+        lift = self._ahead * (stable_hash(tokens_BT[:, :-1]) < self._share)
+        out_BTV[rows, times, tokens_BT[:, 1:]] += lift
+        return out_BTV
+
+
+def stable_hash(tokens_BT):
+    """A number in [0, 1) for each position, from the row's first token and the place."""
+    return (tokens_BT[:, :1] * 0.618 + np.arange(tokens_BT.shape[1]) * 0.414) % 1.0
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    monkeypatch.setenv("JUDGE_SEED", "3")
+    return np.random.default_rng(0).integers(0, 50, (400, 33))
+
+
+def test_looking_ahead_on_one_position_in_fifty_is_found(rows):
+    models = [Model(20.0, share=0.02), Model(20.0, share=0.02)]
+    fields = {"batch_rows": 16, "tolerance": 1e-3}
+    with pytest.raises(judge.Invalid, match="looks ahead"):
+        judge.mean_loss(models, rows, 50, num_cuts=len(rows), **fields)
+    honest = judge.mean_loss([Model(0.0), Model(0.0)], rows, 50, num_cuts=len(rows), **fields)
+    assert honest == pytest.approx(np.log(50))
+
+
+def test_what_hides_below_the_tolerance_is_worth_less_than_the_smallest_gain_that_counts(rows):
+    fields = {"batch_rows": 16, "num_cuts": len(rows)}
+    below = judge.mean_loss([Model(0.9e-3), Model(0.9e-3)], rows, 50, tolerance=1e-3, **fields)
+    assert np.log(50) - 2e-3 < below < np.log(50)
+    with pytest.raises(judge.Invalid, match="looks ahead"):
+        judge.mean_loss([Model(2e-3), Model(2e-3)], rows, 50, tolerance=1e-3, **fields)
+    tasks = Path(judge.__file__).parent.parent / "tasks"
+    found = [
+        (path.parent.parent / "task.toml", tolerance)
+        for path in tasks.glob("*/*/locked/evaluate.py")
+        for tolerance in re.findall(r"tolerance=([0-9.e-]+)", path.read_text())
+    ]
+    assert len(found) >= 3
+    for toml, tolerance in found:
+        assert 2 * float(tolerance) <= tomllib.loads(toml.read_text())["min_delta"], toml
+
+
+def test_one_server_cannot_be_asked_twice(rows):
+    with pytest.raises(ValueError, match="servers = 2"):
+        judge.mean_loss([Model(0.0)], rows, 50, batch_rows=16, num_cuts=9, tolerance=1e-3)
 
 
 DIFFS = runpy.run_path(str(Path(__file__).with_name("test_diff.py")))

@@ -65,7 +65,7 @@ def evaluate():
     """Every row is scored from its own tokens alone; the rest of the file after the last whole row is left out."""
     tokens = np.fromfile("locked/validation.bin", np.{dtype}).astype(np.int32)
     rows = tokens[: len(tokens) // (ROW + 1) * (ROW + 1)].reshape(-1, ROW + 1)
-    loss = judge.mean_loss(judge.open_servers(), rows, VOCAB, batch_rows=16, num_cuts=32, tolerance=1e-3)
+    loss = judge.mean_loss(judge.open_servers(), rows, VOCAB, batch_rows=16, num_cuts=len(rows), tolerance=1e-3)
     return loss * len(tokens) / NUM_BYTES / math.log(2)
 
 

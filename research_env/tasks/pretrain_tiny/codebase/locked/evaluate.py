@@ -15,7 +15,9 @@ def evaluate():
     """Nats per byte."""
     data = np.fromfile("locked/validation.bin", np.uint8).astype(np.int32)
     rows = data[: len(data) // (ROW + 1) * (ROW + 1)].reshape(-1, ROW + 1)
-    return judge.mean_loss(judge.open_servers(), rows, VOCAB, batch_rows=64, num_cuts=32, tolerance=1e-3)
+    return judge.mean_loss(
+        judge.open_servers(), rows, VOCAB, batch_rows=64, num_cuts=len(rows), tolerance=1e-3
+    )
 
 
 judge.main(evaluate)
