@@ -141,7 +141,16 @@ class RolloutBatches:
         mesh: Mesh,
         reference: Any = None,
     ):
-        """`reference` are the parameters that KL is measured from; needed when it has a weight in the loss."""
+        """`reference` are the parameters that KL is measured from; needed when it has a weight in the loss.
+
+        Raises:
+          ConfigError: a prompt is too long, or samples would be older than the policy under a loss without their ratio.
+        """
+        if loss.surrogate == "plain" and config.updates_per_rollout > 1:
+            raise ConfigError(
+                "loss.surrogate=plain has no ratio to correct older samples by: data.updates_per_rollout must be 1, got "
+                f"{config.updates_per_rollout}; or take clipped"
+            )
         self._config, self._loss, self._tokenizer, self._seed, self._mesh = (
             config,
             loss,
@@ -258,6 +267,9 @@ class RolloutBatches:
             "a KL term needs what it measures from"
         )
         report = self._describe(rewards, grades, completions)
+        drawn = np.concatenate([c.logprobs for c in completions])
+        # Ratios are measured from the trainer's own numbers; how far the sampler's are off, in nats per token.
+        report["sampler_gap"] = float(np.abs(rows["behavior_BT"][rows["chosen_BT"]] - drawn).mean())
         if self._reference is None:
             rows["reference_BT"] = np.zeros_like(rows["behavior_BT"])
         else:

@@ -52,7 +52,7 @@ class Faulty:
         return (sum(text.encode()) % 7) / 7
 
 
-def batches(reward, reference=None, **changes):
+def batches(reward, reference=None, loss=PolicyLossConfig(chunk_tokens=16), **changes):
     values = {
         "problems": PROBLEMS, "reward": reward, "tokenizer": BytesConfig(),
         "prompts_per_step": 4, "samples_per_prompt": P, "max_prompt_tokens": 6, "max_new_tokens": 3, "slots": 8,
@@ -63,7 +63,7 @@ def batches(reward, reference=None, **changes):
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     graders = Graders(config.reward, config.judge, timeout_s=config.reward_timeout_s)
     return RolloutBatches(
-        config, config.problems.train(), graders, MODEL, PolicyLossConfig(chunk_tokens=16), tokenizer, seed=5, mesh=mesh,
+        config, config.problems.train(), graders, MODEL, loss, tokenizer, seed=5, mesh=mesh,
         reference=reference,
     )  # fmt: skip
 
@@ -124,6 +124,49 @@ def test_the_policys_process_computes_no_reward_and_no_verdict(params):
         assert judged[0].reward not in (os.getpid(), report["reward_max"])
     finally:
         source.close()
+
+
+def test_what_the_policy_chose_is_learned_from_up_to_its_end_token_or_stop_text(params, monkeypatch):
+    """And the log-probabilities that ratios are measured from are those that the sampler drew with."""
+    source = batches(Sum(), stop=("7", "ab"), max_new_tokens=40, samples_per_prompt=8, updates_per_rollout=1)
+    generator, found = source.generator(params), []
+    generate = generator.generate
+    monkeypatch.setattr(
+        generator,
+        "generate",
+        lambda requests: (
+            found.extend(zip(requests, generate(requests), strict=True)) or [c for _, c in found]
+        ),
+    )
+    try:
+        batch = source.next(0, params)
+        report = source.report()
+    finally:
+        source.close()
+    used_BT, behavior_BT = np.asarray(batch.weights_BT) > 0, np.asarray(batch.behavior_BT)
+    tokens_BT, gaps, ends = np.asarray(batch.tokens_BT1)[:, 1:], [], set()
+    for row, (request, completion) in enumerate(found):
+        assert tokens_BT[row][used_BT[row]].tolist() == list(completion.ids)
+        assert used_BT[row].argmax() == len(request.ids) - 1
+        if completion.finish == "stop":
+            by_token = completion.ids[-1] in request.stop_ids
+            ends.add(by_token)
+            assert by_token or completion.ids[-1] in (ord("7"), ord("b")), (
+                "the stop text is among what was chosen"
+            )
+        gaps += np.abs(behavior_BT[row][used_BT[row]] - completion.logprobs).tolist()
+    assert ends == {True, False}
+    assert max(gaps) < 1e-4  # float32, two programs
+    assert report["sampler_gap"] == pytest.approx(np.mean(gaps), rel=1e-3)
+
+
+def test_a_loss_without_a_ratio_learns_from_fresh_samples_only():
+    plain = PolicyLossConfig(surrogate="plain", chunk_tokens=16)
+    with pytest.raises(
+        ConfigError, match="surrogate=plain has no ratio .*data.updates_per_rollout must be 1, got 2"
+    ):
+        batches(Sum(), loss=plain, updates_per_rollout=2)
+    batches(Sum(), loss=plain, updates_per_rollout=1).close()
 
 
 def test_the_distance_to_the_start_is_zero_at_home_and_measured_elsewhere(params):
