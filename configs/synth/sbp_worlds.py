@@ -43,7 +43,7 @@ def get_config() -> SbpConfig:
             batch_rows=16,
             loss=LossConfig(chunk_tokens=2048),
             checkpoint=CheckpointPolicy(every_s=60.0),
-            num_evals=12,
+            num_evals=6,
         ),
         reference_steps=120,
         tuning=Tuning(

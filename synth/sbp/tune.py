@@ -181,8 +181,10 @@ class Tuning:
     batch_rows: int
 
     def learner(self, learner: Learner) -> Learner:
-        """The learner that tunes."""
-        return replace(learner, optim=self.optim, row_length=self.row_length, batch_rows=self.batch_rows)
+        """The learner that tunes. Held-out pairs are scored in three forms, more than is learned: twice is enough."""
+        return replace(
+            learner, optim=self.optim, row_length=self.row_length, batch_rows=self.batch_rows, num_evals=2
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
