@@ -4,7 +4,8 @@ After ASHA (arXiv 1810.05934): a candidate climbs when it is in the top 1/eta of
 decides batch by batch and never resumes who was told to have ended, so that a search hears of each candidate once and a
 replay is exact; the price is that early batches are judged by few. A rung's score is the judge's, on a run that was planned
 for that length (`$RUNG`), never the streamed loss. Runs start anew at each rung: a checkpoint that the candidate's own code
-would read back is nothing to build a score on.
+would read back is nothing to build a score on. So every rung is paid for whole, and each costs all candidates together as much
+as the lowest does: four rungs from 1/27 are 4/27 = 14.8 % of running all at full length, three from 1/9 are 33 %.
 """
 
 import collections
@@ -23,7 +24,10 @@ COSTS = ("wall_s", "judge_s", "device_s", "cpu_s")  # what several runs of one c
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HalvingConfig:
-    """`eta`: one of so many climbs. `survivor_share` of those to be ended run on, to measure how often ending was wrong."""
+    """`eta`: one of so many climbs. `survivor_share` of those to be ended run on, to measure how often ending was wrong.
+
+    The measurement comes on top of what halving costs: at 0.05 it takes 5 to 7 runs of full length for 100 candidates.
+    """
 
     eta: int = 3
     survivor_share: float = 0.05
@@ -74,8 +78,10 @@ class Rungs:
                     spent[index][name] += getattr(result, name)
                 results[index] = result
                 if result.metric is not None:
-                    score = result.metric if result.higher_is_better else -result.metric
-                    self._halving.tell(candidates[index].node.id, number, score)
+                    name = candidates[index].node.id
+                    if name not in self.survivors:  # who is only measured takes nobody's place
+                        score = result.metric if result.higher_is_better else -result.metric
+                        self._halving.tell(name, number, score)
                     passed.append(index)
             if is_top:
                 break

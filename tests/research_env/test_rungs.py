@@ -1,6 +1,7 @@
 """Successive halving across programs: cheap, close to the best, exact on replay, and a kill is neither failure nor metric."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,39 @@ def test_a_survivor_shows_what_an_early_end_would_have_cost(tmp_path, codebase, 
     assert json.loads(events[0][1])["arm"] == "arm"
 
 
+def test_27_programs_cost_four_full_runs_and_a_restart_costs_nothing(tmp_path, codebase, isolation):
+    """Every rung is a run from the start and is counted whole: 27 / 27 + 9 / 9 + 3 / 3 + 1, which is 14.8 % of 27."""
+    toml = Path(codebase) / "task.toml"
+    toml.write_text(toml.read_text().replace("rungs = [", "rungs = [0.037037037037037035, "))
+    for _ in range(2):
+        with open_env(tmp_path / "run", codebase, isolation) as env:
+            candidates = [env.add(changed(0.01 * number)) for number in range(27)]
+            results = Rungs(env, HalvingConfig(survivor_share=0.0), "arm", 0).evaluate(candidates)
+            lengths = [
+                result.rung for _, purpose, result in env.ledger.results() if result.metric is not None
+            ]
+        assert sum(lengths) == pytest.approx(4.0)
+        assert len(lengths) == 27 + 9 + 3 + 1
+        assert [result.status for result in results].count(Status.OK) == 1
+        assert results[26].status is Status.OK
+
+
+def test_who_is_only_measured_takes_nobodys_place(tmp_path, codebase, isolation):
+    """The slow starter is ended, and is the best of all at every later rung; with or without it the same program climbs."""
+    diffs = [changed(0.1 * number) for number in range(8)] + [changed(1.0, slow=0.2)]
+    with open_env(tmp_path / "run", codebase, isolation) as env:
+        candidates = [env.add(text) for text in diffs]
+        num_seen = 0
+        for seed in range(40):  # what ran once is in the ledger
+            rungs = Rungs(env, HalvingConfig(survivor_share=0.2), f"arm{seed}", seed)
+            results = rungs.evaluate(candidates)
+            assert results[7].status is Status.OK, "the best at the first rung stays the best of who climbs"
+            if candidates[8].node.id in rungs.survivors:
+                assert results[8].better_than(results[7])
+                num_seen += 1
+    assert num_seen > 3
+
+
 def test_a_task_without_rungs_is_refused(tmp_path, isolation):
     with (
         open_env(tmp_path / "run", "planted", isolation) as env,
@@ -141,6 +175,7 @@ def test_halving_costs_at_most_15_percent_and_less_than_a_sigma(spread):
 
     Regret is the true final loss of who is chosen above that of the best program. sigma0 is 0.004. Measured: cost 14.8 %, regret
     0.0008, 0.0014 and 0.0009 at the three spreads (standard error 0.0002); full runs of all 81 have 0.0008, 0.0005 and 0.0003.
+    All 81 are judged at once and none is a survivor, which is the best case; each rung is paid for whole.
     """
     sigma = 0.004
     rng = np.random.default_rng(0)
