@@ -11,13 +11,15 @@ import os
 import re
 import sys
 import uuid
+from pathlib import Path
 
 from pretrain.config import ConfigError
 from pretrain.rl.problem import Problem
 from research_env.records import Limits, Status
+from research_env.sandbox import cgroup
 from research_env.sandbox.jail import Jail, Mount, python_mounts
 from research_env.sandbox.ladder import Isolation, SandboxConfig, choose_level
-from research_env.sandbox.run import TAIL_BYTES, Job, Scratch, scratch_root
+from research_env.sandbox.run import TAIL_BYTES, Job, Scratch, remove_scratch, scratch_root
 
 _FENCE = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 _MAX_CODE_BYTES = 60_000  # an argument of a command has at most 128 KiB
@@ -41,11 +43,6 @@ class CodeReward:
                 f"wall_s must be positive and memory_bytes at least 16 MiB, got {self.wall_s} and {self.memory_bytes}"
             )
 
-    @functools.cached_property
-    def _isolation(self) -> Isolation:
-        """Proven once in the process that grades."""
-        return choose_level(self.sandbox)
-
     def __call__(self, problem: Problem, text: str) -> float:
         """Raises:
         RuntimeError: the host could not run a test.
@@ -57,17 +54,18 @@ class CodeReward:
         return float(all(self._passes(programs[0], given, expected) for given, expected in tests))
 
     def _passes(self, program: str, given: str, expected: str) -> bool:
+        isolation = isolation_here(self.sandbox)
         limits = Limits(
             wall_s=self.wall_s, memory_bytes=self.memory_bytes, pids=16, disk_bytes=16 << 20, output_bytes=4 * TAIL_BYTES
         )  # fmt: skip
-        name = f"autodidact-code-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        name = f"{_prefix(os.getpid())}{uuid.uuid4().hex[:12]}"
         scratch = Scratch(scratch_root(), name, limits.disk_bytes)
         stdin = os.memfd_create("input")
         try:
             os.write(stdin, given.encode())
             os.lseek(stdin, 0, os.SEEK_SET)
             jail = Jail(
-                level=self._isolation.level,
+                level=isolation.level,
                 name=name,
                 stage=str(scratch.stage),
                 mounts=(*python_mounts(), Mount(host=str(scratch.folder("ws")), name="ws", writable=True)),
@@ -77,13 +75,36 @@ class CodeReward:
             )
             # The streams are one; errors are not output.
             argv = ["/bin/sh", "-c", 'exec "$@" 2>/dev/null', "sh", sys.executable, "-I", "-S", "-c", program]
-            outcome = Job(jail, argv, self._isolation.hierarchies, scratch=scratch, stdin=stdin).wait()
+            outcome = Job(jail, argv, isolation.hierarchies, scratch=scratch, stdin=stdin).wait()
         finally:
             os.close(stdin)
             scratch.remove()
         if not outcome.status.is_sample:
             raise RuntimeError(f"the host could not run a test: {outcome.status.value} {outcome.reason}")
         return outcome.status is Status.OK and _lines(outcome.output_tail) == _lines(expected)
+
+
+@functools.cache
+def isolation_here(sandbox: SandboxConfig) -> Isolation:
+    """Proven once in the process that grades, which first removes what graders before it were killed over."""
+    isolation = choose_level(sandbox)
+    _sweep(isolation)
+    return isolation
+
+
+def _prefix(pid: int | str) -> str:
+    """Of the names of all that a grader leaves on the host; its parent's process first."""
+    return f"autodidact-code-{os.getppid()}-{pid}-"
+
+
+def _sweep(isolation: Isolation) -> None:
+    """Remove the folders and process groups of this parent's graders that are no more."""
+    root = scratch_root()
+    for folder in root.glob(f"{_prefix('*')}*"):
+        pid = folder.name.split("-")[3]
+        if not Path("/proc", pid).exists():
+            cgroup.sweep(isolation.hierarchies, folder.name)
+            remove_scratch(folder)
 
 
 def read_tests(problem: Problem) -> list[tuple[str, str]]:

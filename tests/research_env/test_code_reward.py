@@ -1,5 +1,6 @@
 """Programs are paid for passing tests that they cannot see, and for nothing else."""
 
+import dataclasses
 import json
 import os
 
@@ -8,8 +9,9 @@ import pytest
 from pretrain.config import ConfigError
 from pretrain.rl.grader import Grader
 from pretrain.rl.problem import Problem
-from research_env.rl.code_reward import CodeReward
+from research_env.rl.code_reward import CodeReward, isolation_here
 from research_env.sandbox.ladder import SandboxConfig, probe
+from research_env.sandbox.run import scratch_root
 
 PROBLEM = Problem(id="double", prompt="Double it.", answer=json.dumps([["3\n", "6\n"], ["-4\n", "-8\n"]]))
 RIGHT = "print(2 * int(input()))"
@@ -66,6 +68,21 @@ def test_in_its_own_process_a_program_touches_neither_grader_nor_policy(reward, 
         grades = grader.grade([(PROBLEM, fenced(code)) for code in (steal, kill, RIGHT)])
         assert [grade.reward for grade in grades] == [0.0, 0.0, 1.0]
     assert not mark.exists()
+
+
+def test_what_a_grader_that_was_killed_left_on_the_host_is_removed_by_the_next(reward):
+    """A sample that takes longer than the grader waits; its jail dies with the grader, its folder and groups do not."""
+    with Grader(dataclasses.replace(reward, wall_s=60.0), timeout_s=3.0) as grader:
+        grades = grader.grade([(PROBLEM, fenced(code)) for code in ("import time; time.sleep(50)", RIGHT)])
+        assert [(grade.reward, grade.reason) for grade in grades] == [(None, "timeout"), (1.0, "")]
+    prefix = f"autodidact-code-{os.getpid()}-"
+    folders = [scratch_root(), *(path for path in hierarchies_of(reward) if path is not None)]
+    assert [path for folder in folders for path in folder.glob(prefix + "*")] == []
+
+
+def hierarchies_of(reward):
+    found = isolation_here(reward.sandbox).hierarchies
+    return [*found.v1.values(), found.v2]
 
 
 @pytest.mark.parametrize("answer", ["", "6", "[]", '[["3"]]', "[[3, 6]]", json.dumps([["", "x" * 9000]])])
