@@ -102,8 +102,11 @@ class AIResearchEnv:
     def value(self, code_diff: str, *, seed: int | None = None, rung: float | None = None) -> Result:
         """What a diff against the baseline is worth; "" is the baseline itself.
 
+        `rung` is the share of the full budget, in (0, 1]; None is all of it.
+
         Raises:
           OutOfBudget: before anything is spent.
+          ValueError: `rung` is no such share.
         """
         return self.value_many([code_diff], seed=seed, rung=rung)[0]
 
@@ -124,6 +127,8 @@ class AIResearchEnv:
             node = self.ledger.node(node_id)
             if purpose != "screen" or node.tree_digest == baseline_digest:
                 continue
+            if result.metric is not None and result.rung != self.task.rungs[-1]:
+                continue  # the metric of a short run is none to compare
             history.append((node, result))
             if result.better_than(best):
                 best, best_node = result, node
@@ -224,6 +229,8 @@ class AIResearchEnv:
           ConfigError: `split` is final, and it was opened for another tree than one of these.
         """
         rung = self.task.rungs[-1] if rung is None else rung
+        if not 0.0 < rung <= 1.0:
+            raise ValueError(f"rung must be a share of the full budget in (0, 1], got {rung}")
         if split == "final":
             self._open_final([candidate for candidate, _ in pairs])
         self._fill_cache()

@@ -123,8 +123,11 @@ def read_task(folder: str | Path) -> Task:
     fields = _read_toml(folder)
     private_paths = (*PRIVATE, *fields.pop("private", []))
     data_folder = folder / fields.pop("data", "data")
-    files = _read_files(folder, skip=data_folder)
     rule = PathPolicy(editable=(), locked=private_paths)
+    fault = _data_fault(folder.resolve(), data_folder.resolve(), rule)
+    if fault:
+        raise ConfigError(f"{folder}/task.toml: {fault}")
+    files = _read_files(folder, skip=data_folder)
     private = {path: data for path, data in files.items() if rule.is_locked(path)}
     baseline = {path: data for path, data in files.items() if path not in private}
     locked = (*private_paths, "run.sh", "data/", "out/", *fields.pop("locked", []))
@@ -157,6 +160,19 @@ def read_task(folder: str | Path) -> Task:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{folder}/task.toml: {error}") from error
+
+
+def _data_fault(folder: Path, data: Path, rule: PathPolicy) -> str:
+    """Why a run may not have this data folder, which it sees whole; or nothing."""
+    if folder.is_relative_to(data):
+        return f"data must be a folder of its own, got {data}, which holds the judge's files"
+    if not data.is_relative_to(folder):
+        return ""
+    name = data.relative_to(folder).as_posix()
+    if rule.is_locked(name):
+        return f"data must not lie among the judge's files, got {name}"
+    held = [path for path in rule.locked if path.startswith(name + "/")]
+    return f"data={name} is shown to runs, so it cannot hold the private {', '.join(held)}" if held else ""
 
 
 _KEYS = {

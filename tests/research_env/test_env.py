@@ -231,6 +231,36 @@ def test_faults_of_a_codebase_are_named_all_at_once(tmp_path):
     assert len(caught.value.faults) == 3
 
 
+@pytest.mark.parametrize("data", [".", "..", "locked", "locked/sub", "final", "data/../locked", "link"])
+def test_data_that_a_run_sees_hold_nothing_of_the_judge(tmp_path, data):
+    code = tmp_path / "code"
+    for name in ("locked/sub", "final", "data"):
+        (code / name).mkdir(parents=True)
+    (code / "link").symlink_to("locked")
+    for name in ("run.sh", "eval.sh", "data/held_out.txt"):
+        (code / name).write_text("true\n")
+    (code / "task.toml").write_text(f'data = "{data}"\n')
+    with pytest.raises(ConfigError, match="data must"):
+        read_task(code)
+    (code / "link").unlink()
+    (code / "task.toml").write_text('private = ["data/held_out.txt"]\n')
+    with pytest.raises(ConfigError, match="cannot hold the private data/held_out.txt"):
+        read_task(code)
+    (code / "task.toml").write_text("")
+    assert read_task(code).data == str(code / "data")
+
+
+def test_a_short_run_is_no_best_and_a_budget_is_a_share(env):
+    short = env.value(BETTER, rung=0.5)
+    assert short.metric is not None
+    assert env.context().history == ()
+    full = env.value(BETTER)
+    assert env.context().best == full
+    for rung in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="rung must be"):
+            env.value(BETTER, rung=rung)
+
+
 @pytest.mark.parametrize("text", ["8H100", "x", "0xCPU", "-1xCPU", "1x", ""])
 def test_resource_strings_are_parsed_or_refused(text):
     assert str(Resource.parse("8xH100")) == "8xH100"
