@@ -8,6 +8,7 @@ part of the thesis, arXiv 2601.14525, section 5: GRPO, one prompt for each envir
 import dataclasses
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,9 +41,13 @@ MAX_CODE_CHARACTERS = 60_000
 
 
 def idea_prompt(task: Task, template: str) -> str:
-    """What the policy reads: `template` with {task} (description, metric, limits) and {code} (the editable files)."""
+    """What the policy reads: `template` with {task} (description, metric, limits) and {code} (the editable files).
+
+    Other braces of the template stand as they are.
+    """
     code = code_text(task.baseline, task.policy, (), MAX_CODE_CHARACTERS)
-    return template.format(task=task_text(task, None), code=code)
+    fields = {"task": task_text(task, None), "code": code}
+    return re.sub(r"\{(task|code)\}", lambda found: fields[found[1]], template)
 
 
 def idea_documents(codebase: str, template: str, ideas: MutationIdeas, count: int, seed: int) -> MemoryConfig:

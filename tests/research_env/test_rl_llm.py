@@ -274,6 +274,15 @@ class Untrained:
         )
 
 
+def test_a_template_may_hold_other_braces_and_code_that_names_a_field(tmp_path):
+    task = open_task("planted", tmp_path)
+    prompt = idea_prompt(task, 'Answer as {"idea": ".."}, {}.\n{code}')
+    assert prompt.startswith('Answer as {"idea": ".."}, {}.\n')
+    assert prompt.removeprefix('Answer as {"idea": ".."}, {}.\n') == idea_prompt(task, "{code}")
+    named = dataclasses.replace(task, description="about {code}")
+    assert "about {code}" in idea_prompt(named, "{task}")
+
+
 def test_an_epoch_goes_from_the_prompt_to_the_line_of_its_numbers(isolation, tmp_path):
     """A model that knows nothing says no idea: every sample is refused, valued 0, counted, and no candidate runs."""
     config = tiny(

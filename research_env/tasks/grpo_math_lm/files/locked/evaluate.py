@@ -34,7 +34,7 @@ def read_model():
     model = source.model_config()
     try:
         params = source.params(model)
-    except ConfigError as error:
+    except (ConfigError, RecursionError) as error:
         raise judge.Invalid("model.safetensors must hold the model's tensors in their shapes") from error
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params))):
         raise judge.Invalid("weights must be finite")
