@@ -3,11 +3,12 @@
 It runs after the run's last process is gone. Nothing is followed: every open is relative to a descriptor, with O_NOFOLLOW.
 """
 
+import contextlib
 import fnmatch
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from research_env.records import digest
@@ -24,11 +25,13 @@ def seal_artifact(output: Path, sealed: Path, patterns: Sequence[str], max_bytes
     """Copy the files under `output` that match a pattern into the new folder `sealed`; returns their digest.
 
     Raises:
-      NoArtifact: nothing matches, something is not a plain file, or it is too much.
+      NoArtifact: nothing matches, something is not a plain file or cannot be read, or it is too much.
     """
-    root = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with _readable():
+        root = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        names = sorted(_list(root, "", 0))
+        with _readable():
+            names = sorted(_list(root, "", 0))
         wanted = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         if not wanted:
             raise NoArtifact(
@@ -38,7 +41,8 @@ def seal_artifact(output: Path, sealed: Path, patterns: Sequence[str], max_bytes
         parts: list[str | bytes] = []
         left = max_bytes
         for name in wanted:
-            data = _read(root, name, left)
+            with _readable():
+                data = _read(root, name, left)
             left -= len(data)
             if name.endswith(".safetensors"):
                 check_safetensors(data, name)
@@ -64,6 +68,15 @@ def digest_artifact(sealed: Path) -> str:
     return digest(*parts)
 
 
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """The job may have taken rights away from its files: that stops all but root, and is no fault of the host."""
+    try:
+        yield
+    except PermissionError as error:
+        raise NoArtifact("a file or folder in the output folder cannot be read") from error
+
+
 def _list(folder: int, prefix: str, depth: int) -> list[str]:
     found: list[str] = []
     for name in os.listdir(folder):
@@ -76,7 +89,6 @@ def _list(folder: int, prefix: str, depth: int) -> list[str]:
         if stat.S_ISDIR(status.st_mode):
             if depth >= _MAX_DEPTH:
                 raise NoArtifact(f"the output folder is nested deeper than {_MAX_DEPTH}")
-            # The job's uid made it, perhaps unreadable; the owner's bits do not stop root, others get the reason.
             child = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
             try:
                 found += _list(child, path + "/", depth + 1)

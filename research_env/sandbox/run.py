@@ -101,8 +101,12 @@ def remove_scratch(root: Path) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.umount2(str(root / "disk").encode(), 2) != 0:  # MNT_DETACH
             raise OSError(ctypes.get_errno(), f"umount {root / 'disk'}")
-    for folder, _, _ in os.walk(root):
-        os.chmod(folder, 0o700)
+    for folder, names, _ in os.walk(
+        root
+    ):  # a folder may be unreadable, and is opened after it was listed here
+        for path in (os.path.join(folder, name) for name in names):
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)
     shutil.rmtree(root)
 
 

@@ -9,14 +9,17 @@ import os
 import runpy
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from research_env.evaluate.seal import NoArtifact, seal_artifact
 from research_env.records import Limits, Status
 from research_env.sandbox import cgroup
+from research_env.sandbox.jail import NOBODY
 from research_env.sandbox.ladder import measure_kill_s, probe, start_job
-from research_env.sandbox.run import scratch_root
+from research_env.sandbox.run import Scratch, scratch_root
 
 ATTACKS_FILE = Path(__file__).with_name("attacks.py")
 ATTACKS = runpy.run_path(str(ATTACKS_FILE))["ATTACKS"]
@@ -115,6 +118,31 @@ def test_every_program_gets_one_status_and_leaves_nothing(name, level, tmp_path,
         assert parent is None or not [
             g for g in os.listdir(parent) if g.startswith(f"autodidact-probe-{os.getpid()}-")
         ]
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o111, 0o444])
+def test_without_root_a_locked_folder_is_the_jobs_fault_and_is_removed(mode):
+    if os.geteuid() != 0:
+        pytest.skip("becomes another user for a moment")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        os.seteuid(NOBODY)
+        try:
+            scratch = Scratch(folder, "job", 1 << 20)
+            inner = scratch.folder("out") / "inner"
+            (inner / "deep").mkdir(parents=True)
+            (inner / "file").write_text("x")
+            (inner / "link").symlink_to(folder)
+            (inner / "deep").chmod(0)
+            inner.chmod(mode)
+            with pytest.raises(NoArtifact, match="cannot be read"):
+                seal_artifact(scratch.path / "out", folder / "sealed", ["*"], 100)
+            scratch.remove()
+        finally:
+            os.seteuid(0)
+        assert not list(folder.iterdir())
+        assert folder.stat().st_mode & 0o777 == 0o777, "a link was followed"
 
 
 def test_a_tree_of_fifty_processes_is_gone_within_200_ms(level):
