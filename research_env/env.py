@@ -379,6 +379,7 @@ class AIResearchEnv:
             run_key=key,
             name=job_name(self.workdir, key),
             task_folder=os.path.abspath(self.task.folder),
+            task_digest=self.task.digest,
             tree=candidate.tree,
             env_digest=self.env_digest,
             diff_digest=digest(candidate.node.diff),

@@ -1,4 +1,4 @@
-"""One job, start to end: run, kill, seal, judge, one result. `python -m research_env.worker job.json result.json` on any host.
+"""One job, start to end: run, kill, seal, judge, one result.
 
 A bad program is a result, never an exception; a fault of the host is INFRA_ERROR, which the scheduler retries.
 """
@@ -38,6 +38,7 @@ class JobSpec:
     run_key: str
     name: str  # prefix of every process group and folder of this job, so that a sweep finds them
     task_folder: str
+    task_digest: str  # of the task as the supervisor read it
     tree: Mapping[str, bytes]
     env_digest: str
     diff_digest: str
@@ -517,21 +518,14 @@ def run_spec(fields: Mapping[str, Any]) -> dict[str, Any]:
         elif spec.device_kind != "CPU" and len(spec.devices) != spec.num_devices:
             reason = f"the cluster lent devices {spec.devices}, {spec.num_devices} were asked for"
         else:
-            return run_job(spec, read_task(spec.task_folder)).to_json()
+            task = read_task(spec.task_folder)
+            if task.digest == spec.task_digest:
+                return run_job(spec, task).to_json()
+            reason = (
+                f"{spec.task_folder} is not what the supervisor read: it changed, or the disk is another one"
+            )
     except (OSError, TimeoutError) as error:
         reason = f"{type(error).__name__}: {error}"
     return Result(
         status=Status.INFRA_ERROR, reason=reason, seed=spec.seed, rung=spec.rung, run_key=spec.run_key, isolation=spec.label
     ).to_json()  # fmt: skip
-
-
-def main(argv: list[str]) -> int:
-    """Read a spec file, run it, write the result file atomically."""
-    spec = JobSpec.from_json(json.loads(Path(argv[0]).read_text()))
-    result = run_job(spec, read_task(spec.task_folder))
-    write_json_atomic(Path(argv[1]), result.to_json())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

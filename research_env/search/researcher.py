@@ -72,7 +72,8 @@ class Researcher:
                 self._asker(), self._ideas, key=idea.key, idea=idea.text, task=self._task(self._env.context()),
                 code=self._code(), base=self._env.task.baseline, policy=self._env.task.policy,
             ).text  # fmt: skip
-        return self._env.add(text, base=idea.base, idea=idea.text, operator=idea.operator).node.diff
+        candidate = self._env.add(text, base=idea.base, idea=idea.text, operator=idea.operator)
+        return text if candidate.tree is None else candidate.node.diff
 
     def learn(self, idea: Idea, diff: str, value: Result) -> None:
         """Tell the search what came of it."""

@@ -106,7 +106,7 @@ def test_a_fault_of_the_host_is_no_bad_gain_and_a_restart_tries_again(tmp_path, 
 
 def test_a_host_without_the_level_or_the_lent_devices_runs_nothing(tmp_path, isolation, monkeypatch):
     spec = JobSpec(
-        run_key="k", name="n", task_folder=str(tmp_path / "nowhere"), tree={}, env_digest="e", diff_digest="d", seed=0,
+        run_key="k", name="n", task_folder=str(tmp_path / "nowhere"), task_digest="t", tree={}, env_digest="e", diff_digest="d", seed=0,
         rung=1.0, level=isolation.level, label="x", workdir=str(tmp_path), num_devices=2, device_kind="H100",
     )  # fmt: skip
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
@@ -119,6 +119,17 @@ def test_a_host_without_the_level_or_the_lent_devices_runs_nothing(tmp_path, iso
     found = run_spec(spec.to_json())
     assert f"{isolation.level} does not hold on" in found["reason"]
     assert broken.checks[0].name in found["reason"]
+
+
+def test_a_codebase_that_changed_under_the_campaign_is_not_judged(tmp_path, isolation):
+    with AIResearchEnv(
+        codebase="planted", workdir=tmp_path, sandbox=isolation, jobs=PoolConfig(num_cpus=1)
+    ) as env:
+        evaluator = tmp_path / "codebases" / "planted" / "locked" / "evaluate.py"
+        evaluator.write_text(evaluator.read_text().replace("BASE_LOSS = 3.0", "BASE_LOSS = 1.0"))
+        result = env.value("")
+    assert result.status is Status.INFRA_ERROR
+    assert "is not what the supervisor read" in result.reason
 
 
 def test_a_resource_that_only_the_cluster_has_is_not_refused_here(tmp_path, isolation):
