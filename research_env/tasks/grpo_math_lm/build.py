@@ -122,7 +122,8 @@ def build(target: Path, options: dict[str, str]) -> None:
             (tree / name).write_text("".join(lines))
         model = source.model_config()
         start = export_model(
-            tree / "data" / "start", source.params(model), model, source.tokenizer(), dtype=options["dtype"],
+            tree / "data" / "start", source.params(model), model, source.tokenizer(),
+            dtype="float32" if options["dtype"] == "float32" else "bfloat16",
             stated=source.stated(), max_file_bytes=1 << 40,
         )  # fmt: skip
         shutil.copytree(start, tree / "locked" / "start", ignore=shutil.ignore_patterns("*.safetensors"))
