@@ -48,6 +48,7 @@ def test_a_program_that_passes_every_test_is_right(reward):
         fenced("import builtins; builtins.AssertionError = None; __builtins__.__dict__['assert'] = None"),
         fenced("import time; time.sleep(60)"),
         fenced("print('9' * 10**6)"),
+        fenced("print(7)\nprint(str(2 * int(input())).ljust(15_999))"),  # another answer, pushed out of what is kept
         fenced("x = 'a' * 10**10"),
         fenced("def f(:"),
         fenced("import socket; socket.create_connection(('1.1.1.1', 53), 1)"),
