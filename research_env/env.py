@@ -23,6 +23,7 @@ from research_env.diff import emit_diff as _emit_diff
 from research_env.ledger import Ledger, ledger_path
 from research_env.records import Node, Resource, Result, Status, digest, tree_digest
 from research_env.sandbox import cgroup
+from research_env.sandbox.jail import WITH_MOUNTS
 from research_env.sandbox.ladder import Isolation, SandboxConfig, choose_level
 from research_env.sandbox.run import remove_scratch, scratch_root
 from research_env.schedule import PRIORITIES, Budget, Devices, run_all, run_all_on
@@ -80,6 +81,9 @@ class AIResearchEnv:
         except BaseException:
             self.ledger.close()
             raise
+        self.label = self.isolation.label
+        if self.task.hides and self.isolation.level not in WITH_MOUNTS:
+            self.label += f" (shows {', '.join(self.task.hides)})"
         self.env_digest = digest(self.task.digest, self.isolation.level, _interpreter())
         self.cache = self.workdir / "caches" / self.env_digest[:32] if self.task.compile_cache else None
         self._is_filling_cache = False
@@ -350,7 +354,7 @@ class AIResearchEnv:
         if state != "DONE":
             result = dataclasses.replace(
                 candidate.refusal, seed=seed, rung=rung, run_key=key, env_digest=self.env_digest,
-                isolation=self.isolation.label, higher_is_better=self.task.higher_is_better,
+                isolation=self.label, higher_is_better=self.task.higher_is_better,
             )  # fmt: skip
             self.ledger.finish(key, result)
             self.on_result(candidate.node, purpose, result)
@@ -368,7 +372,7 @@ class AIResearchEnv:
         except (OSError, TimeoutError) as error:
             return Result(
                 status=Status.INFRA_ERROR, reason=f"{type(error).__name__}: {error}", seed=seed, rung=rung, run_key=key,
-                isolation=self.isolation.label, higher_is_better=self.task.higher_is_better,
+                isolation=self.label, higher_is_better=self.task.higher_is_better,
             )  # fmt: skip
 
     def _spec(
@@ -386,7 +390,7 @@ class AIResearchEnv:
             seed=seed,
             rung=rung,
             level=self.isolation.level,
-            label=self.isolation.label,
+            label=self.label,
             workdir=os.path.abspath(self.workdir),
             split=split,
             cpus=leased if self.resource.kind == "CPU" else (),

@@ -68,7 +68,7 @@ def run(config: ResearchConfig, console: Console) -> int:
         jobs=config.jobs,
     ) as env:
         console.print(
-            f"{env.task.name}: isolation {env.isolation.label}, {env.resource}, folder {env.workdir}",
+            f"{env.task.name}: isolation {env.label}, {env.resource}, folder {env.workdir}",
             markup=False,
         )
         noise, mean = measure_noise(env, config.noise_repeats)
@@ -201,7 +201,7 @@ def write_summary(env: AIResearchEnv, arms: Sequence[ArmResult], noise: Noise, m
         "baseline": mean,
         "sigma0": noise.sigma,
         "noise_repeats": noise.num_repeats,
-        "isolation": env.isolation.label,
+        "isolation": env.label,
         "arms": rows,
         "winner": winner,
         "spent": env.ledger.spent(),

@@ -38,6 +38,9 @@ class Task:
     artifact: tuple[str, ...]  # file names or globs under the run's output folder
     max_artifact_bytes: int
     num_servers: int  # candidate model processes that the judge may question
+    hides: tuple[
+        str, ...
+    ]  # packages of Python's library that hold held-out text: runs and servers find them empty
     compile_cache: bool  # whether runs and servers read what the baseline compiled
     serve_module: str  # module of the tree with load(folder) -> function, run by each of them
     limits: Limits
@@ -147,6 +150,7 @@ def read_task(folder: str | Path) -> Task:
             artifact=tuple(fields.pop("artifact", ["*"])),
             max_artifact_bytes=int(fields.pop("artifact_mb", 64) * (1 << 20)),
             num_servers=fields.pop("servers", 0),
+            hides=tuple(fields.pop("hides", [])),
             compile_cache=fields.pop("compile_cache", False),
             serve_module=fields.pop("serve_module", "model"),
             limits=_limits(fields.pop("limits", {}), 600.0),
@@ -177,7 +181,7 @@ def _data_fault(folder: Path, data: Path, rule: PathPolicy) -> str:
 
 _KEYS = {
     "name": str, "description": str, "metric": str, "higher_is_better": bool, "metric_range": list, "editable": list,
-    "locked": list, "private": list, "artifact": list, "artifact_mb": (int, float), "servers": int, "serve_module": str,
+    "locked": list, "private": list, "artifact": list, "artifact_mb": (int, float), "servers": int, "serve_module": str, "hides": list,
     "compile_cache": bool, "min_delta": (int, float), "rungs": list, "data": str, "limits": dict, "judge_limits": dict, "policy": dict,
 }  # fmt: skip
 _LIMIT_KEYS = {"wall_s", "cpu_s", "memory_mb", "pids", "disk_mb", "output_kb"}

@@ -22,7 +22,7 @@ from pretrain.rundir import write_json_atomic
 from research_env.evaluate.seal import NoArtifact, digest_artifact, seal_artifact
 from research_env.records import Result, Status, tree_digest
 from research_env.sandbox import cgroup
-from research_env.sandbox.jail import NOBODY, Jail, Mount, python_mounts
+from research_env.sandbox.jail import NOBODY, WITH_MOUNTS, Jail, Mount, hidden_mounts, python_mounts
 from research_env.sandbox.ladder import probe
 from research_env.sandbox.run import Job, Outcome, Scratch, scratch_root
 from research_env.task import FINAL, Task, read_task
@@ -215,7 +215,7 @@ def _train(
     write_tree(scratch.folder("ws"), spec.tree, owner)
     scratch.folder("out")
     mounts = [
-        *python_mounts(),
+        *_python(spec, task, scratch),
         Mount(host=str(scratch.path / "ws"), name="ws", writable=True),
         Mount(host=str(scratch.path / "out"), name="out", writable=True),
     ]
@@ -249,6 +249,15 @@ def _train(
         # Taken from the log, hence forgeable; it is repaired and rewarded exactly as the crash it refines.
         return dataclasses.replace(outcome, status=Status.OOM_DEVICE)
     return outcome
+
+
+def _python(spec: JobSpec, task: Task, scratch: Scratch) -> tuple[Mount, ...]:
+    """What candidates see of the interpreter."""
+    if not task.hides or spec.level not in WITH_MOUNTS:
+        return python_mounts()
+    if not (scratch.path / "hidden").is_dir():
+        scratch.folder("hidden")
+    return (*python_mounts(), *hidden_mounts(task.hides, str(scratch.path / "hidden")))
 
 
 CACHE_SETTINGS = {
@@ -350,9 +359,10 @@ def _judge(
     should_stop: threading.Event | None,
 ) -> tuple[Status, str, float | None, dict[str, float]]:
     result_folder = scratch.folder("result")
-    base = [*python_mounts(), Mount(host=os.path.abspath(sealed), name="artifact")]
+    artifact = Mount(host=os.path.abspath(sealed), name="artifact")
     mounts = [
-        *base,
+        *python_mounts(),
+        artifact,
         Mount(host=os.path.abspath(judge_files / "locked"), name="locked"),
         Mount(host=os.path.abspath(judge_files / "judge"), name="judge"),
         Mount(host=str(result_folder), name="result", writable=True),
@@ -376,7 +386,8 @@ def _judge(
             tree = scratch.path / "tree"
             write_tree(tree, spec.tree, owner=None)
             server_mounts = [
-                *base,
+                *_python(spec, task, scratch),
+                artifact,
                 Mount(host=str(tree), name="ws"),
                 Mount(host=os.path.abspath(judge_files / "server"), name="server"),
                 *_cache_mounts(spec, scratch),

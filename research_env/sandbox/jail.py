@@ -6,13 +6,16 @@ this level has for the mount called "ws".
 """
 
 import dataclasses
+import glob
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from research_env.records import Limits
 
 NOBODY = 65534  # the uid and gid that jobs run as when the supervisor is root
+WITH_MOUNTS = ("bwrap", "unshare")  # levels whose jobs see other files than the host has
 DEVICES = ("null", "zero", "full", "random", "urandom")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl/openssl.cnf")
@@ -50,7 +53,7 @@ class Jail:
     def path(self, name: str) -> str:
         """The path that the job has for the mount `name`."""
         mount = next(mount for mount in self.mounts if mount.name == name)
-        return mount.inside if self.level in ("bwrap", "unshare") else mount.host
+        return mount.inside if self.level in WITH_MOUNTS else mount.host
 
     def expand(self, value: str) -> str:
         """Replace {name} by the path of that mount."""
@@ -79,6 +82,15 @@ def python_mounts() -> tuple[Mount, ...]:
     outside = sorted(f for f in folders if not any(f == s or f.startswith(s + "/") for s in SYSTEM))
     top = [f for f in outside if not any(f != g and f.startswith(g + "/") for g in outside)]
     return tuple(Mount(host=folder) for folder in top)
+
+
+def hidden_mounts(packages: Sequence[str], empty: str) -> tuple[Mount, ...]:
+    """The folder `empty` in place of these packages, in every Python that a job sees; levels without mounts cannot do it."""
+    roots = {"/usr", "/usr/local", os.path.realpath(sys.base_prefix)}
+    found = {
+        path for root in roots for name in packages for path in glob.glob(f"{root}/lib*/python3*/{name}")
+    }
+    return tuple(Mount(host=empty, name=path.lstrip("/")) for path in sorted(found) if os.path.isdir(path))
 
 
 def is_reachable(path: str, uid: int, gid: int) -> bool:

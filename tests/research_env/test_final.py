@@ -1,6 +1,7 @@
 """The final split: no search and no run sees it, one node a campaign is scored on it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -90,13 +91,18 @@ def test_a_task_without_a_final_split_says_so(tmp_path, isolation):
             env.final_score(env.add("").node)
 
 
-def test_the_toy_task_keeps_its_final_text_apart(tmp_path):
-    task = open_task("toy", tmp_path)
+@pytest.mark.parametrize(("name", "row"), [("toy", 129), ("pretrain_tiny", 65)])
+def test_a_built_in_task_keeps_its_final_text_apart(tmp_path, name, row):
+    task = open_task(name, tmp_path)
     assert task.has_final
     final, search = task.private["final/test.bin"], task.private["locked/validation.bin"]
-    assert len(final) > 129 * 100
-    rows = [final[start : start + 129] for start in range(0, len(final) - 129, 129)]
-    assert not [row for row in rows if row in search]
+    train = (Path(task.data) / "train.bin").read_bytes()
+    assert len(final) > row * 100
+    for text, others in ((final, (search, train)), (search, (train,))):
+        passages = [text[start : start + row] for start in range(0, len(text) - row, row)]
+        assert not [passage for passage in passages if any(passage in other for other in others)]
+    shared = {train[start : start + 48] for start in range(len(train))}
+    assert not [start for start in range(len(search) - 47) if search[start : start + 48] in shared]
     assert not list(lay_out_judge(task, tmp_path / "judge").rglob("test.bin"))
     assert list(lay_out_judge(task, tmp_path / "judge", "final").rglob("test.bin"))
 

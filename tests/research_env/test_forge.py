@@ -12,7 +12,8 @@ from research_env.diff import emit_diff, make_diff
 from research_env.env import AIResearchEnv
 from research_env.evaluate import judge
 from research_env.records import Status
-from research_env.sandbox.ladder import probe
+from research_env.sandbox import cgroup
+from research_env.sandbox.ladder import Isolation, probe
 
 LEAVE = "import json, os\nopen(os.environ['OUT'] + '/settings.json', 'w').write(TEXT)\nos._exit(0)"
 
@@ -150,6 +151,60 @@ def load(folder):
 
     return logits
 """
+
+
+# A model that finds the row in the reference text that comes with Python, of which the judge's part is held out: it looks at
+# nothing ahead in what it is asked, and knows how it goes on.
+LOOKUP = """
+
+_honest = load
+
+
+def load(folder):
+    import glob, sys
+
+    logits_of = _honest(folder)
+    text = []
+    for root in (sys.base_prefix, "/usr", "/usr/local"):
+        for path in glob.glob(root + "/lib*/python3*/pydoc_data/topics.py"):
+            scope = {}
+            exec(open(path).read(), scope)
+            text += scope["topics"].values()
+    known = "\\n\\n".join(text).encode("ascii", "ignore")
+
+    def logits(tokens_BT):
+        out_BTV = logits_of(tokens_BT).copy()
+        for row, tokens in enumerate(tokens_BT):
+            data = tokens.astype("uint8").tobytes()
+            for t in range(12, len(data)):
+                at = known.find(data[t - 11 : t + 1])
+                if 0 <= at < len(known) - 12:
+                    out_BTV[row, t, known[at + 12]] += 20.0
+        return out_BTV
+
+    return logits
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["bwrap", "unshare"])
+def test_the_held_out_text_is_nowhere_in_a_jail(tmp_path, level):
+    """Looked up in the interpreter's own pydoc_data it was worth 1.46 nats a byte beside 2.74."""
+    found = probe(level)
+    if not found.is_held:
+        pytest.skip(f"{level} does not hold here")
+    with AIResearchEnv(codebase="toy", workdir=tmp_path, sandbox=found) as env:
+        base = env.task.baseline
+        text = emit_diff(make_diff(base, {**base, "model.py": base["model.py"] + LOOKUP.encode()}))
+        looked, honest = env.value_many([text, ""], rung=env.task.rungs[0])
+    assert looked.status is Status.OK, looked
+    assert looked.metric == honest.metric
+
+
+def test_where_nothing_can_be_hidden_every_result_says_so(tmp_path):
+    plain = Isolation("none", (), cgroup.find_hierarchies())
+    with AIResearchEnv(codebase="toy", workdir=tmp_path, sandbox=plain) as env:
+        assert env.value("no diff").isolation.endswith("(shows pydoc_data)")
 
 
 @pytest.mark.slow

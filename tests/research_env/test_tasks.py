@@ -224,4 +224,9 @@ def test_the_trainer_itself_is_a_codebase(tmp_path, isolation):
         assert env.cache is not None
         assert list(env.cache.iterdir())
         assert any(path.startswith("pretrain/") for path in env.task.baseline)
+        pairs = env.final_score(env.add(better).node, num_seeds=1)
+    assert [result.status for pair in pairs for result in pair] == [Status.OK] * 2, pairs
+    assert (
+        pairs[0][1].metric < pairs[0][0].metric < 3.9
+    )  # other text, and the change is worth something on it as well
     assert changed.metric < baseline.metric < 3.6  # from 4.85, the logarithm of 128
