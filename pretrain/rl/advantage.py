@@ -12,7 +12,8 @@ from pretrain.config import ConfigError
 Estimator = Literal["grpo", "mean", "rloo"]
 ESTIMATORS = ("grpo", "mean", "rloo")
 
-# A group in which every reward is the same teaches nothing; rounding must not be divided by rounding.
+# Of the group's largest reward. A group in which every reward is the same teaches nothing; rounding must not be
+# divided by rounding, in whatever unit rewards are.
 _MIN_DEVIATION = 1e-6
 
 
@@ -36,6 +37,5 @@ def advantages(rewards_QP: np.ndarray, estimator: Estimator) -> np.ndarray:
     if estimator == "rloo":
         return centered_QP * count_Q1 / np.maximum(count_Q1 - 1, 1)
     deviation_Q1 = np.sqrt(np.square(centered_QP).sum(axis=1, keepdims=True) / np.maximum(count_Q1, 1))
-    return np.where(
-        deviation_Q1 > _MIN_DEVIATION, centered_QP / np.maximum(deviation_Q1, _MIN_DEVIATION), 0.0
-    )
+    is_different_Q1 = deviation_Q1 > _MIN_DEVIATION * np.abs(values_QP).max(axis=1, keepdims=True)
+    return np.where(is_different_Q1, centered_QP / np.where(is_different_Q1, deviation_Q1, 1.0), 0.0)

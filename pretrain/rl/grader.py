@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import multiprocessing
 import numbers
 from collections.abc import Sequence
@@ -12,10 +11,13 @@ from typing import Any
 from pretrain.rl.problem import Problem
 from pretrain.rl.reward import Reward
 
+# The loss is computed in float32, where the square of a larger one is nothing finite.
+_MAX_REWARD = 1e18
+
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """A finite reward, or None and the reason why the sample is dropped."""
+    """A finite reward (in float32), or None and the reason why the sample is dropped."""
 
     reward: float | None
     reason: str = ""
@@ -137,4 +139,4 @@ def _checked(reward: Reward, problem: Problem, text: str) -> tuple[float | None,
         number = float(value)
     except OverflowError:  # an int beyond all floats
         return None, "not finite"
-    return (number, "") if math.isfinite(number) else (None, "not finite")
+    return (number, "") if abs(number) <= _MAX_REWARD else (None, "not finite")  # NaN is not

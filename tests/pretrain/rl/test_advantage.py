@@ -33,6 +33,15 @@ def test_a_dropped_sample_changes_no_other(rewards):
         assert np.allclose(whole[:, 1:], without, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e18])
+def test_the_unit_of_a_reward_says_nothing_to_grpo(scale):
+    rewards_QP = np.array([[1.0, 0.0, 0.25, np.nan], [0.1, 0.1, 0.1 * (1 + 1e-15), 0.1]])
+    found = advantages(scale * rewards_QP, "grpo")
+    assert np.allclose(found, advantages(rewards_QP, "grpo"), rtol=1e-9)
+    assert found[0].any()
+    assert not found[1].any(), "rounding is no difference"
+
+
 def test_by_hand():
     rewards_QP = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     assert advantages(rewards_QP, "mean").tolist() == [[0.75, -0.25, -0.25, -0.25], [0.0] * 4]

@@ -62,6 +62,8 @@ class Hostile:
                 raise SystemExit(0)
             case "interrupt":
                 raise KeyboardInterrupt
+            case "overflows":
+                return -1e300
             case "infinite":
                 return -math.inf
             case "pid":
@@ -95,7 +97,16 @@ def test_every_fault_drops_one_sample_with_its_reason():
 
 
 def test_real_numbers_of_any_kind_count_and_what_is_none_does_not():
-    texts = ["numpy", "integer of numpy", "fraction", "truth of numpy", "array", "complex", "infinite"]
+    texts = [
+        "numpy",
+        "integer of numpy",
+        "fraction",
+        "truth of numpy",
+        "array",
+        "complex",
+        "infinite",
+        "overflows",
+    ]
     with Grader(Hostile(), timeout_s=5.0) as grader:
         grades = grader.grade([(PROBLEM, text) for text in texts])
         assert grades == [
@@ -103,7 +114,7 @@ def test_real_numbers_of_any_kind_count_and_what_is_none_does_not():
             Grade(3.0),
             Grade(0.25),
             *3 * [Grade(None, "not a number")],
-            Grade(None, "not finite"),
+            *2 * [Grade(None, "not finite")],
         ]
         assert all(type(g.reward) is float for g in grades[:3])
         grades = grader.grade([(PROBLEM, text) for text in ("leave", "1", "interrupt", "2")])
