@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from pretrain import config
-from research_env.tasks.reference_text import read_parts
+from research_env.tasks.toy.reference_text import read_parts
 
 ROW_BYTES, NUM_ROWS = 65, 512
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from research_env.tasks.reference_text import read_parts
+from research_env.tasks.toy.reference_text import read_parts
 
 ROW_BYTES, NUM_ROWS = 129, 160
 
