@@ -370,7 +370,7 @@ def _changed(stage: str, folder: Path, changes: Sequence[tuple[str, Any, Any]]) 
     more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
     return (
         f"stage {stage} is complete in {folder} with another recipe: {'; '.join(lines[:3])}{more}; "
-        f"write run.fresh={stage} to make it and what follows again, or name a new run.workdir"
+        f"write \"run.fresh=('{stage}',)\" to make it and what follows again, or name a new run.workdir"
     )
 
 
@@ -441,7 +441,7 @@ def _too_many(stage: str, where: Path, failed: int, total: int, fraction: float)
     return (
         f"stage {stage}: {failed} of {total} items failed, run.max_failed_fraction={fraction} allows "
         f"{fraction * total:.0f}; reasons are in {where} (errors.jsonl); raise the fraction to accept them, "
-        f"or mend the cause and write run.fresh={stage} (kept replies are not paid again)"
+        f"or mend the cause and write \"run.fresh=('{stage}',)\" (kept replies are not paid again)"
     )
 
 

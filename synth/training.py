@@ -164,8 +164,8 @@ def checkpoint_with(folder: Path, params_sha256: str) -> Path:
         if json.loads(path.read_text())["params_sha256"] == params_sha256:
             return path.parent / "checkpoints"
     raise ConfigError(
-        f"{folder} must hold a finished run with the parameters {params_sha256[:12]}, it does not; write run.fresh with "
-        "the name of its stage to train it again"
+        f"{folder} must hold a finished run with the parameters {params_sha256[:12]}, it does not; write "
+        "\"run.fresh=('STAGE',)\" with the name of its stage to train it again"
     )
 
 

@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
 
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, apply_overrides
 from synth.baselines.active_reading import ActiveReading
 from synth.baselines.focal_rewrite import FocalRewrite
 from synth.baselines.genre_audience import GenreAudience
@@ -98,9 +99,12 @@ def test_only_what_follows_from_a_change_is_made_again(tmp_path):
     config = recipe(tmp_path, num_shards=2)
     execute(config)
     changed = replace(config, items_per_document=30)
-    with pytest.raises(ConfigError, match="stage entigraph .*items_per_document was null, is now 30"):
+    with pytest.raises(
+        ConfigError, match="stage entigraph .*items_per_document was null, is now 30"
+    ) as refused:
         execute(changed)
-    done = execute(replace(changed, run=replace(changed.run, fresh=("entigraph",))))
+    (remedy,) = re.findall(r'write "(run\.fresh=[^"]*)"', str(refused.value))
+    done = execute(apply_overrides(changed, [remedy]))
     ran = {name: result.num_run for name, result in done.items()}
     assert ran == {"sources": 0, "entigraph_prepare": 0, "entigraph": 2, "corpus": 1, "report": 1}
     assert done["entigraph"].counts["out"] == 90
