@@ -90,8 +90,15 @@ class QuestionFileConfig:
     num_heldout: int | None = 200
 
     def __post_init__(self):
+        faults = []
         if "{question}" not in self.template:
-            raise ConfigError(f"template must hold {{question}}, got {self.template!r}")
+            faults.append(f"template must hold {{question}}, got {self.template!r}")
+        for name in ("max_question_characters", "num_train", "num_heldout"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"{name} must be at least 1 or none, got {value}")
+        if faults:
+            raise ConfigError(*faults)
 
     def train(self) -> tuple[Problem, ...]:
         """The problems of `train_path`."""

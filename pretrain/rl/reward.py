@@ -152,5 +152,9 @@ class RandomReward:
     chance: float = 0.5
     seed: int = 0
 
+    def __post_init__(self):
+        if not 0 <= self.chance <= 1:
+            raise ConfigError(f"chance must lie in [0, 1], got {self.chance}")
+
     def __call__(self, problem: Problem, text: str) -> float:
         return float(stable_seed("reward", self.seed, problem.id, text) < self.chance * 2**63)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from fractions import Fraction
 
 import pytest
@@ -114,6 +115,22 @@ def test_a_random_reward_looks_at_no_answer():
     assert set(rewards) == {0.0, 1.0}
     assert 0.2 < sum(rewards) / 2000 < 0.3
     assert rewards == [RandomReward(chance=0.25)(PROBLEM, str(i)) for i in range(2000)]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: RandomReward(chance=2.0), "chance must lie in [0, 1], got 2.0"),
+        (lambda: RandomReward(chance=float("nan")), "chance must lie in [0, 1], got nan"),
+        (lambda: QuestionFileConfig(train_path="a", heldout_path="b", num_train=0), "num_train must be at least 1 or none, got 0"),
+        (lambda: QuestionFileConfig(train_path="a", heldout_path="b", num_heldout=-1), "num_heldout must be at least 1 or none"),
+        (lambda: QuestionFileConfig(train_path="a", heldout_path="b", max_question_characters=0), "max_question_characters must"),
+        (lambda: QuestionFileConfig(train_path="a", heldout_path="b", template="?"), "template must hold {question}"),
+    ],
+)  # fmt: skip
+def test_settings_that_say_nothing_are_refused(make, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make()
 
 
 def test_arithmetic_is_right_and_its_halves_are_apart():
