@@ -5,6 +5,7 @@ and waiting is the business of `retrying`. The only file that imports `openai`; 
 """
 
 import asyncio
+import hashlib
 import json
 import os
 import time
@@ -159,7 +160,11 @@ class EndpointLLM:
         }
 
     async def _post(self, path: str, body: dict[str, Any], key: str) -> Any:
-        """The JSON of a reply with status 200. `key` lets a server that knows such headers charge a repeat once."""
+        """The JSON of a reply with status 200.
+
+        `key` depends on the request alone, so that what is asked again after a lost reply, or by a process that was started
+        again, is charged once by a server that honors such headers.
+        """
         pool = self._busy.index(min(self._busy))
         self._busy[pool] += 1
         try:
@@ -204,7 +209,7 @@ class EndpointLLM:
             "logprobs": 1,
         }
         try:
-            data = await self._post("/completions", body, key="")
+            data = await self._post("/completions", body, _body_key("/completions", body))
             found = data["choices"][0]["logprobs"]
             pairs = list(zip(found["text_offset"], found["token_logprobs"], strict=True))
         except (BadRequest, ConfigError, KeyError, TypeError, IndexError) as error:
@@ -222,7 +227,7 @@ class EndpointLLM:
           As `generate`; LostCall also when the reply holds other than one vector a text.
         """
         body = {"model": self._config.model, "input": list(texts), "encoding_format": "float"}
-        data = await self._post("/embeddings", body, key="")
+        data = await self._post("/embeddings", body, _body_key("/embeddings", body))
         try:
             found = sorted(data["data"], key=lambda item: item["index"])
             vectors = [[float(x) for x in item["embedding"]] for item in found]
@@ -252,6 +257,11 @@ class _Pace:
         start = max(now, self._next_s)
         self._next_s = start + units * self._interval_s
         await asyncio.sleep(start - now)
+
+
+def _body_key(path: str, body: Mapping[str, Any]) -> str:
+    """The key of a call that has no `Request`; an empty one would make all such calls one."""
+    return hashlib.sha256(json.dumps([path, body], sort_keys=True).encode()).hexdigest()
 
 
 def _sort_status(error: openai.APIStatusError) -> Exception:

@@ -37,11 +37,15 @@ class ChatServer:
         fault: Callable[[int, dict], Fault] = lambda n, body: "ok",
         latency_s: float = 0.0,
         keep: bool = True,
+        honors_keys: bool = False,
     ):
         self._answer = answer
         self._fault = fault
         self._latency_s = latency_s
         self._keep = keep
+        self._honors_keys = honors_keys
+        self.replies: dict[str, bytes] = {}  # by idempotency key, when those are honored
+        self.charged: Counter[str] = Counter()
         self.requests: list[dict] = []
         self.keys: Counter[str] = Counter()
         self.num_requests = 0
@@ -90,15 +94,20 @@ class ChatServer:
         self._now += 1
         self.most_at_once = max(self.most_at_once, self._now)
         try:
+            key = head.split("idempotency-key:")[1].split("\r\n")[0].strip()
             if self._keep:
                 self.requests.append(body)
-                self.keys[head.split("idempotency-key:")[1].split("\r\n")[0].strip()] += 1
+                self.keys[key] += 1
             if self._latency_s:
                 await asyncio.sleep(self._latency_s)
             fault = self._fault(number, body)
             if fault == "hang":
                 await asyncio.sleep(3600)
             payload, status, extra = self._payload(body, fault)
+            if self._honors_keys and status == 200:
+                payload = self.replies.get(key, payload)
+                self.charged[key] += key not in self.replies
+                self.replies[key] = payload
             if fault == "cut":
                 return False
             if fault == "half":

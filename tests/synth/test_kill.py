@@ -63,7 +63,7 @@ def command(tmp_path, server, workdir):
 
 def kill_and_restart(chat_server, tmp_path, num_kills, seed):
     chance = random.Random(seed)
-    with chat_server(answer, latency_s=0.01) as server:
+    with chat_server(answer, latency_s=0.01, honors_keys=True) as server:
         started = time.monotonic()
         whole = command(tmp_path, server, tmp_path / "whole")
         subprocess.run(whole, check=True, capture_output=True, timeout=120)
@@ -71,6 +71,8 @@ def kill_and_restart(chat_server, tmp_path, num_kills, seed):
         num_calls = server.num_requests
         server.keys.clear()
         server.requests.clear()
+        server.replies.clear()
+        server.charged.clear()
         paid_again, kills_in_generation = 0, 0
         rounds = [tmp_path / "killed0"]
         kept: set[str] = set()
@@ -95,10 +97,12 @@ def kill_and_restart(chat_server, tmp_path, num_kills, seed):
         for folder in rounds:
             subprocess.run(command(tmp_path, server, folder), check=True, capture_output=True, timeout=120)
         requests = sum(server.keys.values())
+        charges = sum(server.charged.values())
     expected = outputs(tmp_path / "whole")
     for folder in rounds:
         assert outputs(folder) == expected
     assert paid_again == 0
+    assert charges == num_calls  # what was in flight was sent again under the key that it had before
     assert kills_in_generation > 0
     in_flight = requests - num_calls * len(rounds)
     lost = sum(

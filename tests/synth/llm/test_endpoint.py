@@ -1,6 +1,7 @@
 """The endpoint sorts what a server can do wrong, and every document ends in output or in the errors file."""
 
 import asyncio
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -67,6 +68,35 @@ def test_every_fault_has_its_type(chat_server, fault, error):
     with chat_server(lambda body: "hello", lambda n, body: fault) as server, pytest.raises(error) as caught:
         ask(server)
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("fault", ["cut", "half"])
+def test_a_reply_that_was_lost_is_charged_once_by_a_server_that_honors_keys(chat_server, fault):
+    faults = iter([fault])
+    with chat_server(
+        lambda body: body["messages"][1]["content"], lambda n, body: next(faults, "ok"), honors_keys=True
+    ) as server:
+        with pytest.raises(LostCall):
+            ask(server)
+        assert ask(server).text == REQUEST.user
+        assert ask(server, dataclasses.replace(REQUEST, seed=1)).text == REQUEST.user
+    assert server.num_requests == 3
+    assert sorted(server.charged.values()) == [1, 1]
+
+
+def test_calls_without_a_request_have_keys_of_their_own(chat_server):
+    async def call(llm):
+        for text in ("a", "b", "a"):
+            with pytest.raises(LostCall):  # the test server speaks chat only
+                await llm.embed([text])
+            with pytest.raises(NotImplementedError):
+                await llm.score(text, "c")
+        await llm.close()
+
+    with chat_server(lambda body: "hello") as server:
+        asyncio.run(call(EndpointConfig(model="m", base_url=server.url, api_key_env="").build()))
+    assert sorted(server.keys.values()) == [1, 1, 2, 2]
+    assert "" not in server.keys
 
 
 def test_a_server_that_is_not_there_was_never_paid():
