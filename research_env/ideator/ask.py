@@ -1,7 +1,8 @@
 """A campaign's calls of language models: each reply is a row of the ledger, so a killed campaign pays for none twice.
 
-The intent and the worst price are written before a call leaves. What was in flight at a kill, and alone may have to be paid
-again, stays in the account at that price.
+The intent and the worst price are written before a call leaves. What was in flight at a kill stays in the account at that price
+and is sent again, under the same idempotency key: a server that honors it charges once, another may charge those calls, and those
+alone, a second time.
 """
 
 import asyncio

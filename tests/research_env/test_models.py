@@ -1,5 +1,6 @@
 """The road of ideas by models: every kind of reply ends in its status, crashes are repaired, no call is paid twice."""
 
+import contextlib
 import dataclasses
 import http.server
 import importlib
@@ -408,6 +409,90 @@ def test_fifty_kills_of_the_supervisor_lose_no_row_and_pay_for_no_call_twice(tmp
     ledger.close()
     asked = (tmp_path / "killed.calls").read_text().split()
     assert len(asked) - len(set(asked)) <= counts.get("LOST", 0) <= 2 * 50
+
+
+ENDPOINT = """
+import json, os, pathlib, sys
+sys.path[:0] = {paths!r}
+from test_models import ModelIdeas, open_env, play
+from synth.llm.endpoint import EndpointConfig
+from research_env.sandbox.cgroup import find_hierarchies
+from research_env.sandbox.ladder import Isolation
+
+with open_env(pathlib.Path({folder!r}), Isolation("unshare", (), find_hierarchies())) as env:
+    model = EndpointConfig(model="m", base_url={url!r}, api_key_env="")
+    arm = play(env, ModelIdeas(models=(model,), num_samples=4, num_revisions=0), 20)
+    print(json.dumps([[t.node.id, t.result.status.value, t.result.metric] for t in arm.told]))
+"""
+
+
+class Accountant(http.server.BaseHTTPRequestHandler):
+    """A chat server that charges an idempotency key once, when it has the reply; replies take 30 ms."""
+
+    protocol_version = "HTTP/1.1"
+    lock = threading.Lock()
+    replies: dict[str, bytes] = {}
+    num_requests = 0
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        key = self.headers["Idempotency-Key"]
+        if "Answer with the idea alone" in body["messages"][-1]["content"]:
+            text = f"Width {64 + body['seed'] % 100}."
+        else:
+            text = diff("WIDTH = 64", f"WIDTH = {65 + body['seed'] % 100}")
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+        data = json.dumps({"id": "x", "model": "m", "choices": [choice], "usage": usage}).encode()
+        with self.lock:
+            Accountant.num_requests += 1
+            data = self.replies.setdefault(key, data)
+        time.sleep(0.03)
+        with contextlib.suppress(ConnectionError):  # the campaign was killed meanwhile
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        return None
+
+
+@pytest.mark.slow
+def test_a_killed_campaign_is_charged_for_no_call_twice_by_a_server_that_honors_keys(tmp_path, isolation):
+    """SIGKILL while calls are in flight, 15 times; what the server charged is what the ledger has replies for."""
+    pytest.importorskip("openai", reason="the [endpoint] extra is not installed")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Accountant) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        script = tmp_path / "campaign.py"
+        script.write_text(
+            ENDPOINT.format(
+                paths=[os.path.dirname(__file__), os.getcwd()],
+                folder=str(tmp_path / "run"),
+                url=f"http://127.0.0.1:{server.server_port}/v1",
+            )  # fmt: skip
+        )
+        for number in range(15):
+            process = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
+            target = Accountant.num_requests + 2 + number % 4
+            while process.poll() is None and Accountant.num_requests < target:
+                time.sleep(0.002)
+            assert process.poll() is None, "the campaign is long enough for all kills"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, check=True)
+        server.shutdown()
+    assert len(json.loads(done.stdout.splitlines()[-1])) == 20
+    ledger = Ledger(tmp_path / "run" / "ledger.sqlite")
+    counts = ledger.calls()
+    ledger.close()
+    assert (
+        len(Accountant.replies) == counts["DONE"] >= 20 * (1 + 4)
+    )  # an idea that repeats another is asked for again
+    sent_again = Accountant.num_requests - len(Accountant.replies)
+    assert 0 < sent_again <= counts["LOST"]
+    print(f"{counts['DONE']} calls, {sent_again} sent again, {len(Accountant.replies)} charged")
 
 
 def _num_calls(path) -> int:
