@@ -70,6 +70,16 @@ def test_a_build_locks_what_the_judge_has_and_names_faults(codebase, tmp_path, c
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 + 4
     assert "holds token 600; vocab=512 ends before it" in errors[0]
+    (tmp_path / "odd").write_bytes(b"x" * 4001)
+    (tmp_path / "empty").write_bytes(b"")
+    argv = ["vocab=512", f"train={tmp_path / 'odd'}", f"validation={tmp_path / 'empty'}"]
+    assert build.main([str(tmp_path / "new"), *argv]) == 2
+    assert "4001 bytes" in (error := capsys.readouterr().err)
+    assert "holds 0 tokens" in error
+    argv = [f"{name}={tmp_path / 'train'}" for name in ("train", "validation")]
+    assert build.main([str(tmp_path / "new"), "vocab=\u00b2", *argv]) == 2
+    assert "must be different files" in (error := capsys.readouterr().err)
+    assert "vocab= must be a whole number" in error
     assert not (tmp_path / "new").exists()
 
 

@@ -7,6 +7,7 @@ judge's, over 262,144 tokens, and a second file can be the final split.
 Tested on CPU devices with a shrunk recipe; not run yet on the hardware it is meant for.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -38,7 +39,12 @@ def main(argv: list[str]) -> int:
         for name in ("train", "validation", "final")
         if (options[name] or name != "final") and not Path(options[name]).is_file()
     ]
-    if not options["vocab"].isdigit():
+    given = [os.path.realpath(options[name]) for name in ("train", "validation", "final") if options[name]]
+    if len(set(given)) < len(given):
+        faults.append(
+            "train=, validation= and final= must be different files, or the score is of what was trained on"
+        )
+    if not options["vocab"].isdecimal():
         faults.append(f"vocab= must be a whole number, got {options['vocab']!r}")
     if not faults:
         faults += _token_faults(options)
@@ -56,7 +62,11 @@ def _token_faults(options: dict[str, str]) -> list[str]:
     for name in ("train", "validation", "final"):
         if not options[name]:
             continue
-        tokens = np.memmap(options[name], np.uint16, "r")
+        size = os.path.getsize(options[name])
+        if size % 2:
+            faults.append(f"{name}={options[name]} holds {size} bytes; uint16 tokens take two each")
+            continue
+        tokens = np.memmap(options[name], np.uint16, "r") if size else np.zeros(0, np.uint16)
         if len(tokens) < ROW + 1:
             faults.append(f"{name}={options[name]} holds {len(tokens)} tokens; a row takes {ROW + 1}")
         elif (largest := int(tokens.max())) >= int(options["vocab"]):
