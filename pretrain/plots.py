@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
 
 from pretrain.metrics import read_metrics
 from pretrain.rundir import write_atomic
@@ -100,20 +100,24 @@ class Panel:
     y_range: tuple[float, float] | None = None
 
 
+_LEFT, _AXES = 0.62, 3.53  # inches left of an axis for its numbers, and its own
+
+
 def draw(panels: Sequence[Panel], *, title: str = "", subtitle: str = "") -> bytes:
     """The panels side by side as a PNG file's bytes (144 dots per inch)."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4 * len(panels), 3.9), dpi=144)
+        name_inches = max(1.25, 0.3 + 0.066 * max(len(name) for panel in panels for name in _names(panel)))
+        figure = Figure(figsize=((_LEFT + _AXES + name_inches) * len(panels), 3.9), dpi=144)
         canvas = FigureCanvasAgg(figure)
         heading_inches = 0.62 if title else 0.1
         grid = figure.add_gridspec(
             1,
             len(panels),
-            left=0.62 / figure.get_figwidth(),
-            right=1 - 1.25 / figure.get_figwidth(),
+            left=_LEFT / figure.get_figwidth(),
+            right=1 - name_inches / figure.get_figwidth(),
             bottom=0.5 / figure.get_figheight(),
             top=1 - (heading_inches + 0.3) / figure.get_figheight(),
-            wspace=0.5,
+            wspace=(_LEFT + name_inches) / _AXES,
         )
         for index, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(grid[0, index]), panel)
@@ -133,6 +137,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y_label)
     if panel.x_log:
         axes.set_xscale("log")
+        # Labels at all nine minor ticks would run into each other.
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        axes.xaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2.5, 2.0)))
     else:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if panel.y_log:
@@ -157,13 +164,22 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             axes.fill_between(x, y - half, y + half, color=curve.color, alpha=0.15, linewidth=0)
         finite = y[np.isfinite(y)]
         if curve.label and len(finite):
-            names.append((float(finite[-1]), f"{curve.label} {finite[-1]:.2f}", curve.color))
+            names.append((float(finite[-1]), _named(curve.label, finite[-1]), curve.color))
     for level in panel.levels:
         axes.axhline(level.y, color=level.color, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-        names.append((level.y, f"{level.label} {level.y:.2f}", level.color))
+        names.append((level.y, _named(level.label, level.y), level.color))
     axes.set_ylim(*(panel.y_range or _y_range(panel)))
     axes.margins(x=0.02)
     _write_names(axes, names)
+
+
+def _named(label: str, y: float) -> str:
+    return f"{label} {y:.2f}"
+
+
+def _names(panel: Panel) -> list[str]:
+    """What may be written at the right edge; never empty."""
+    return [_named(item.label, 0.0) for item in (*panel.curves, *panel.levels)] or [""]
 
 
 def _y_range(panel: Panel) -> tuple[float, float]:

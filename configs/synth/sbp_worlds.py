@@ -54,7 +54,7 @@ def get_config() -> SbpConfig:
         ),
         rule=PairRule(num_neighbors=100, neighbors_per_document=10.0, max_per_first=8, label_key="concept"),
         gate=Gate(min_gain_nats=0.0),
-        sampler=OwnSamplerConfig(model=MODEL, max_prompt_tokens=100, max_new_tokens=100, slots=64),
+        sampler=OwnSamplerConfig(model=MODEL, max_prompt_tokens=100, max_new_tokens=100, slots=256),
         synthesis=SynthesisRule(samples_per_document=33),
         trials=Trials(
             num_steps=490,

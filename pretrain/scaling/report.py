@@ -160,40 +160,43 @@ def _value_rows(found: Fit) -> list[tuple[str, str, str]]:
 
 
 def ladder_panels(analysis: Analysis) -> list[Panel]:
-    """Loss over size at each budget, and loss over compute with the held-out runs."""
+    """Loss over size at each budget (points are runs, lines their means and the law), and loss over compute with the held-out runs."""
     ladder = analysis.of_role(LADDER)
     budgets = sorted({cell.budget_flops for cell in ladder})
     isoflop: list[Curve] = []
     for index, budget in enumerate(budgets):
         color = COLORS[index % len(COLORS)]
         cells = sorted((c for c in ladder if c.budget_flops == budget), key=lambda c: (c.params, c.seed))
-        isoflop.append(
+        sizes = sorted({c.params for c in cells})
+        means = [float(np.mean([c.loss for c in cells if c.params == size])) for size in sizes]
+        isoflop += [
+            Curve(label="", x=sizes, y=means, color=color, width=2.0),
             Curve(
                 label="",
                 x=[c.params for c in cells],
                 y=[c.loss for c in cells],
                 color=color,
-                width=2.0,
+                width=0.0,
                 markers=True,
-            )
-        )
+            ),
+        ]
         isoflop.append(_law_at_budget(analysis.fit, cells, f"{budget:.1e}", color))
     best = [min(c.loss for c in ladder if c.budget_flops == b) for b in budgets]
     frontier_flops = np.geomspace(budgets[0], max(c.flops for c in analysis.cells) * 1.2, 40)
     per_pair = float(np.median([c.flops / c.params / c.tokens for c in ladder]))
     law, half = _frontier(analysis.fit, frontier_flops, per_pair)
     compute = [
-        Curve(label="law", x=frontier_flops, y=law, band=half, color=QUIET, dashed=True),
+        Curve(label="law, best size", x=frontier_flops, y=law, band=half, color=QUIET, dashed=True),
         Curve(label="best of budget", x=budgets, y=best, color=COLORS[0], width=2.0, markers=True),
     ]
     held = sorted(analysis.predictions, key=lambda p: p.cell.flops)
     if held:
         x = [p.cell.flops for p in held]
-        compute.append(
-            Curve(
-                label="held out", x=x, y=[p.cell.loss for p in held], color=COLORS[1], width=3.0, markers=True
-            )
-        )
+        for label, y, color in (
+            ("predicted", [p.predicted for p in held], COLORS[2]),
+            ("measured", [p.cell.loss for p in held], COLORS[1]),
+        ):
+            compute.append(Curve(label=label, x=x, y=y, color=color, width=3.0, markers=True))
     loss_label = "held-out loss (nats per token)"
     return [
         Panel(

@@ -101,3 +101,12 @@ def test_a_log_scaled_panel_with_intervals_is_drawn():
         title="scaling", x_label="FLOPs", y_label="nats", curves=[curve], x_log=True, y_log=True
     )
     assert size(plots.draw([panel])) == (777, 561)
+
+
+def test_a_picture_is_as_wide_as_its_names_need():
+    def width(label):
+        curve = plots.Curve(label=label, x=[1.0, 2.0], y=[1.0, 0.5])
+        return size(plots.draw([plots.Panel(title="", x_label="", y_label="", curves=[curve])]))[0]
+
+    assert width("short") == 777
+    assert width("thirty characters of a long name") > 777 + 30 * 144 * 0.03
