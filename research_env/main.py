@@ -71,6 +71,11 @@ def run(config: ResearchConfig, console: Console) -> int:
             f"{env.task.name}: isolation {env.label}, {env.resource}, folder {env.workdir}",
             markup=False,
         )
+        seed = env.ledger.pin("seed", config.seed)
+        if seed != config.seed:  # two campaigns would share a page, a history and a final split
+            raise ConfigError(
+                f"{env.workdir} holds the campaign with seed={seed}, got seed={config.seed}; use another workdir"
+            )
         noise, mean = measure_noise(env, config.noise_repeats)
         console.print(
             f"baseline {env.task.metric} {mean:.4f}, sigma0 {noise.sigma:.4f} from {noise.num_repeats} seeds"

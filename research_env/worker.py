@@ -382,6 +382,8 @@ def _judge(
     stop = threading.Event()
     judge_fds: list[int] = []
     try:
+        server_mounts: list[Mount] = []
+        server_environment: dict[str, str] = {}
         if task.num_servers:
             tree = scratch.path / "tree"
             write_tree(tree, spec.tree, owner=None)

@@ -137,6 +137,21 @@ def test_a_campaign_runs_and_running_it_again_costs_nothing(tmp_path):
     assert [arm["told"] for arm in first["arms"]] == [4, 4]
 
 
+def test_two_campaigns_do_not_share_a_folder(tmp_path, capsys):
+    argv = [
+        "--config",
+        "configs/research_env/smoke.py",
+        f"workdir={tmp_path}",
+        "noise_repeats=2",
+        "num_candidates=1",
+    ]
+    assert main(argv) == 0
+    before = (tmp_path / "summary.json").read_bytes()
+    assert main([*argv, "seed=1"]) == 2
+    assert "holds the campaign with seed=0, got seed=1" in capsys.readouterr().err
+    assert (tmp_path / "summary.json").read_bytes() == before
+
+
 def test_a_budget_too_small_to_measure_the_noise_is_one_line(tmp_path, capsys):
     argv = ["--config", "configs/research_env/smoke.py", f"workdir={tmp_path}", "budget.max_runs=2"]
     assert main(argv) == 1
