@@ -2,7 +2,9 @@
 
 Tasks are made on the spot (research_env/rl/programs.py). Of other tasks, such as those of MBPP: a QuestionFileConfig whose
 answers are JSON lists of [input, output] pairs. A sample costs a process in a jail for each test until one fails.
-Nobody has run it to its end yet; the tests run a step of it.
+Greedy programs for 15 held-out tasks that pass their tests, 25 steps, two seeds (`run.seed` of both commands), two shared cores,
+157 and 351 s: 0.0 -> 66.7 % and 0.0 -> 46.7 %, still rising on the second. No control with a random reward was run, which
+arithmetic_study.py shows to teach a little where the right answer is the second likeliest, as it is here.
 Command: python -m pretrain.main --config configs/rl/code_base.py
          python -m pretrain.main --config configs/rl/code_grpo.py init=runs/code_base/FINGERPRINT
 """
