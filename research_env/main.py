@@ -18,7 +18,7 @@ from research_env.dashboards.page import write_page
 from research_env.env import AIResearchEnv
 from research_env.records import Resource, Status
 from research_env.rl.experiment import IdeatorRlConfig, run_experiment, table, verdicts
-from research_env.schedule import Devices, OutOfBudget
+from research_env.schedule import CannotGoOn, Devices, OutOfBudget
 from research_env.search.campaign import ArmResult, confirm_best, measure_noise, run_arm
 from research_env.search.compare import CompareConfig, comparison_table, run_comparison
 from research_env.search.recipe import ResearchConfig, build_arm, build_maker, build_rungs
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
-    except (OutOfBudget, Overloaded, QuotaUsedUp, RuntimeError) as error:
+    except (OutOfBudget, Overloaded, QuotaUsedUp, CannotGoOn) as error:
         console.print(f"stopped, and what ran is kept: {error}", markup=False, soft_wrap=True)
         return 1
 

@@ -19,6 +19,10 @@ GRACE_S = 300.0  # of a job on a cluster, beyond the limits of what it runs
 PRIORITIES = {"baseline": 0, "confirm": 1, "final": 1, "repair": 2, "rung": 3, "screen": 3}
 
 
+class CannotGoOn(Exception):
+    """The baseline or the host fails, so that nothing can be compared; what ran is kept, and the same command tries again."""
+
+
 class OutOfBudget(Exception):
     """The next act would spend more than the campaign may; says which budget."""
 

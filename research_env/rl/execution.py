@@ -20,7 +20,7 @@ from research_env.records import Idea, Result, digest, tree_digest
 from research_env.rl.carry_out import Executor
 from research_env.rl.credit import Advantage, Reward, rewards_of, shaped_P, top_P
 from research_env.rl.measure import diversity, outcomes, similarities_AA, wording
-from research_env.schedule import OutOfBudget
+from research_env.schedule import CannotGoOn, OutOfBudget
 
 EPOCH = "rl epoch"  # the kind of the ledger's events
 
@@ -58,7 +58,7 @@ class ExecutedIdeas:
 
         Raises:
           ConfigError: the budget is used up; nothing of the epoch was spent.
-          RuntimeError: the host failed on every run.
+          CannotGoOn: the host failed on every run.
         """
         texts = [text.strip() for _, text in items]
         candidates = {text: self.candidate(text, step) for text in dict.fromkeys(texts)}
@@ -70,7 +70,7 @@ class ExecutedIdeas:
                 f"{error}; raise data.budget, the run goes on from its last checkpoint"
             ) from error
         if not any(result.status.is_sample for result in results):
-            raise RuntimeError(f"the host failed on all runs of step {step}: {results[0].reason}")
+            raise CannotGoOn(f"the host failed on all runs of step {step}: {results[0].reason}")
         names = [self._meaning(candidates[text], text) for text in texts]
         index = {name: i for i, name in enumerate(dict.fromkeys(names))}
         picks = np.array([index[name] for name in names])

@@ -14,6 +14,7 @@ from research_env.rl.bandit import Bandit
 from research_env.rl.credit import ADVANTAGES, REWARDS, Advantage, Reward, advantages_P, rewards_of, shaped_P
 from research_env.rl.measure import measure, similarities_AA
 from research_env.rl.policy import PolicyState, sample, update
+from research_env.schedule import CannotGoOn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def learn(
 
     Raises:
       OutOfBudget: before anything is spent.
-      RuntimeError: the host failed on every run of an epoch.
+      CannotGoOn: the host failed on every run of an epoch.
     """
     start = PolicyState.start(bandit.start_probs_A)
     state = state or start
@@ -84,7 +85,7 @@ def learn(
         # Drawn after the ideas are known, as every seed of the harness.
         results = bandit.pull(picks_P, [stable_seed(seed, "run", epoch, slot) for slot in slots])
         if not any(result.status.is_sample for result in results):
-            raise RuntimeError(f"the host failed on all runs of epoch {epoch}: {results[0].reason}")
+            raise CannotGoOn(f"the host failed on all runs of epoch {epoch}: {results[0].reason}")
         numbers = measure(picks_P, results, state, start, bandit.ideas, similarity_AA)
         rewards_P = shaped_P(
             rewards_of(results, variant.reward), picks_P, np.array(state.visits),

@@ -22,7 +22,7 @@ from research_env.choose import (
 from research_env.env import AIResearchEnv, Candidate
 from research_env.novelty import syntax_digest
 from research_env.records import Result, Status
-from research_env.schedule import OutOfBudget
+from research_env.schedule import CannotGoOn, OutOfBudget
 from research_env.search.makers import Maker
 from research_env.search.proposal import Proposal, Search, Told
 from research_env.search.rungs import COSTS, Rungs
@@ -78,14 +78,14 @@ def measure_noise(env: AIResearchEnv, num_repeats: int) -> tuple[Noise, float]:
     """sigma0 and the mean from repeats of the baseline on fresh seeds.
 
     Raises:
-      RuntimeError: the baseline itself fails; says how.
+      CannotGoOn: the baseline itself fails; says how.
     """
     baseline = env.add("", key="baseline")
     seeds = [stable_seed(env.seed, "noise", i) for i in range(num_repeats)]
     results = env.evaluate_pairs([(baseline, seed) for seed in [env.screen_seed, *seeds]], purpose="baseline")
     for result in results:
         if result.metric is None:
-            raise RuntimeError(
+            raise CannotGoOn(
                 f"the baseline ended with {result.status.value}: {result.reason}\n{result.log_tail[-1500:]}"
             )
     metrics = [result.metric for result in results if result.metric is not None]
@@ -243,7 +243,7 @@ def paired_gains(
     """Gains over the baseline on the campaign's confirming seeds; a seed on which the candidate fails has the range's worst metric.
 
     Raises:
-      RuntimeError: the baseline or the host failed, so that the pair says nothing of the candidate.
+      CannotGoOn: the baseline or the host failed, so that the pair says nothing of the candidate.
     """
     seeds = [stable_seed(env.seed, "confirm", number) for number in numbers]
     results = env.evaluate_pairs(
@@ -254,9 +254,9 @@ def paired_gains(
     gains = []
     for mine, base in zip(results[::2], results[1::2], strict=True):
         if base.metric is None:
-            raise RuntimeError(f"the baseline failed on a confirming seed: {base.status.value} {base.reason}")
+            raise CannotGoOn(f"the baseline failed on a confirming seed: {base.status.value} {base.reason}")
         if not mine.status.is_sample:
-            raise RuntimeError(f"the host failed on a confirming seed: {mine.status.value} {mine.reason}")
+            raise CannotGoOn(f"the host failed on a confirming seed: {mine.status.value} {mine.reason}")
         gains.append(
             gain(worst if mine.metric is None else mine.metric, base.metric, env.task.higher_is_better)
         )

@@ -14,7 +14,7 @@ from pretrain.rundir import write_atomic, write_json_atomic
 from research_env.choose import Noise, mean_interval
 from research_env.env import AIResearchEnv, Candidate
 from research_env.records import Resource, Result
-from research_env.schedule import Devices
+from research_env.schedule import CannotGoOn, Devices
 from research_env.search.campaign import measure_noise, paired_gains, run_arm
 from research_env.search.proposal import Told
 from research_env.search.recipe import ResearchConfig, build_arm, build_maker, build_rungs
@@ -68,7 +68,7 @@ def run_comparison(config: CompareConfig, say: Callable[[str], None]) -> dict[st
     """Run or resume all campaigns; writes comparison.json and comparison.md into the workdir.
 
     Raises:
-      RuntimeError: the baseline fails.
+      CannotGoOn: the baseline fails.
     """
     rows = []
     for number in range(config.num_campaigns):
@@ -134,7 +134,7 @@ def _run_arm(
         rungs=build_rungs(env, name, campaign),
     )
     if arm.stopped:
-        raise RuntimeError(f"{name} ended before its device-seconds: {arm.stopped}")
+        raise CannotGoOn(f"{name} ended before its device-seconds: {arm.stopped}")
     told = within(arm.told, env.resource, config.max_device_s)
     better = [item for item in told if item.gain is not None and item.gain > 0]
     best = max(better, key=lambda item: item.gain or 0.0, default=None)

@@ -10,6 +10,7 @@ from pretrain.jobs.pool import PoolConfig
 from research_env.env import AIResearchEnv
 from research_env.records import Status
 from research_env.sandbox.ladder import probe
+from research_env.schedule import CannotGoOn
 from research_env.search.campaign import paired_gains
 from research_env.worker import JobSpec, run_spec
 
@@ -97,7 +98,7 @@ def test_a_fault_of_the_host_is_no_bad_gain_and_a_restart_tries_again(tmp_path, 
                 (found,) = paired_gains(env, *pair, range(1))
                 assert abs(found - 0.08) < 0.12  # WIDTH = 128 is worth 0.08, the noise is 0.02 in each
             else:
-                with pytest.raises(RuntimeError, match="failed on a confirming seed: infra_error"):
+                with pytest.raises(CannotGoOn, match="failed on a confirming seed: infra_error"):
                     paired_gains(env, *pair, range(1))
             results = list(env.ledger.results())
             assert len(results) == num_results

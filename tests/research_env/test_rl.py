@@ -34,7 +34,7 @@ from research_env.rl.learn import Variant, learn
 from research_env.rl.measure import effective_number, measure, similarities_AA
 from research_env.rl.policy import PolicyState, entropy, gradient_A, kl, log_softmax, sample, update
 from research_env.sandbox.ladder import probe
-from research_env.schedule import Budget, OutOfBudget
+from research_env.schedule import Budget, CannotGoOn, OutOfBudget
 
 LOGITS = st.lists(st.floats(-4, 4), min_size=2, max_size=8).map(np.array)
 # Few values, so that ties are common; NaN is a sample that the host lost.
@@ -326,7 +326,7 @@ def test_a_host_that_fails_on_everything_stops_the_run(planted):
         def pull(self, picks_P, seeds):
             return [Result(status=Status.INFRA_ERROR, reason="the disk is full")] * len(picks_P)
 
-    with pytest.raises(RuntimeError, match="all runs of epoch 0: the disk is full"):
+    with pytest.raises(CannotGoOn, match="all runs of epoch 0: the disk is full"):
         learn(Broken(), Variant(name="x"), seed=0, num_epochs=1, **FAST)
 
 

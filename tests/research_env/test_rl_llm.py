@@ -23,7 +23,7 @@ from research_env.rl.carry_out import ModelExecutor, SentenceExecutor, Sentences
 from research_env.rl.execution import ExecutedIdeas, best_epoch
 from research_env.rl.ideator import IdeatorConfig, idea_documents, idea_prompt
 from research_env.sandbox.ladder import probe
-from research_env.schedule import Budget
+from research_env.schedule import Budget, CannotGoOn
 from research_env.task import open_task
 from synth.llm.scripted import ScriptedConfig
 
@@ -185,7 +185,7 @@ def test_a_fault_of_the_host_drops_the_sample_and_a_host_that_always_fails_stops
     assert [grade.reward is None for grade in grades] == [False, True, False, False]
     assert grades[1].reason == "the host failed"
     monkeypatch.setattr(env, "evaluate_pairs", lambda pairs: [lost] * 4)
-    with pytest.raises(RuntimeError, match="all runs of step 7: the disk is full"):
+    with pytest.raises(CannotGoOn, match="all runs of step 7: the disk is full"):
         found.value(7, [(PROMPT, GOOD)] * 4)
 
 
