@@ -57,9 +57,14 @@ class SamplerConfig(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisRule:
-    """`samples_per_document` texts for each seed; a text with a Jaccard similarity of `copied_at` to its seed is a copy."""
+    """`samples_per_document` texts for each seed; a text with a Jaccard similarity of `copied_at` to its seed is a copy.
+
+    `keep_truncated` keeps texts that came to the limit of tokens before their end. Leaving them out makes what is kept
+    shorter than what is written: of a model that has not learned how long documents are, a third.
+    """
 
     samples_per_document: int = 8
+    keep_truncated: bool = False
     copied_at: float = 0.5
     shingle_words: int = 13
 
@@ -164,7 +169,7 @@ class Synthesize:
                 )
 
     def _fault(self, document: Document, text: str, ended: bool) -> str:
-        if not ended:
+        if not ended and not self.rule.keep_truncated:
             return "truncated"
         if not text.strip():
             return "empty"

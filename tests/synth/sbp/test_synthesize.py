@@ -77,6 +77,19 @@ def test_bad_texts_are_left_out_with_their_reason(make_shard):
     assert "empty" in {m.reason for m in alone if isinstance(m, Failure)}
 
 
+def test_texts_that_came_to_the_limit_are_kept_where_asked(make_shard):
+    def made(**rule):
+        return list(stage(**rule).run((), shard=make_shard(unique=SEEDS)))
+
+    cut = {m.item for m in made() if isinstance(m, Failure) and m.reason == "truncated"}
+    kept = made(keep_truncated=True)
+    assert cut
+    assert {m.reason for m in kept if isinstance(m, Failure)} == {"copied", "looping"}
+    assert cut <= {
+        f"sbp:{m.meta['seed_document']}:{m.meta['sample']}" for m in kept if isinstance(m, Document)
+    }
+
+
 def test_every_text_names_its_seed_its_model_and_its_draw(make_shard):
     texts = [m for m in stage().run((), shard=make_shard(unique=SEEDS)) if isinstance(m, Document)]
     assert len({t.id for t in texts}) == len(texts)
