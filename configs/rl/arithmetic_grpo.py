@@ -36,8 +36,9 @@ def get_config() -> RlConfig:
         optim=OptimConfig(
             method=AdamWConfig(), peak_lr=1e-4, schedule=Constant(num_warmup_steps=5), weight_decay=0.0
         ),
-        loss=PolicyLossConfig(),
-        run=RunConfig(num_steps=25, log_every_steps=5, eval_every_steps=5),
+        # Without a pull back to the base a random reward walks anywhere, as Adam scales noise up to whole steps.
+        loss=PolicyLossConfig(kl_weight=0.3),
+        run=RunConfig(num_steps=40, log_every_steps=5, eval_every_steps=5),
         checkpoint=CheckpointPolicy(every_steps=50),
         sample=SampleConfig(prompts=()),
     )

@@ -4,7 +4,7 @@ Tasks are made on the spot (research_env/rl/programs.py). Of other tasks, such a
 answers are JSON lists of [input, output] pairs. A sample costs a process in a jail for each test until one fails.
 Greedy programs for 15 held-out tasks that pass their tests, 25 steps, two seeds (`run.seed` of both commands), two shared cores,
 157 and 351 s: 0.0 -> 66.7 % and 0.0 -> 46.7 %, still rising on the second. No control with a random reward was run, which
-arithmetic_study.py shows to teach a little where the right answer is the second likeliest, as it is here.
+without a pull back to the base teaches a little where the right answer is the second likeliest, as it is here (arithmetic_study.py).
 Command: python -m pretrain.main --config configs/rl/code_base.py
          python -m pretrain.main --config configs/rl/code_grpo.py init=runs/code_base/FINGERPRINT
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pretrain.config import load_config
 from pretrain.rl.grpo import RlConfig
+from pretrain.rl.policy_loss import PolicyLossConfig
 from research_env.rl.code_reward import CodeReward
 from research_env.rl.programs import ProgramTasksConfig
 
@@ -33,4 +34,6 @@ def get_config() -> RlConfig:
             max_new_tokens=48,
             slots=128,
         ),
+        loss=PolicyLossConfig(),
+        run=dataclasses.replace(sums.run, num_steps=25),
     )
