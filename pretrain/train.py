@@ -57,6 +57,7 @@ from pretrain.metrics import (
 from pretrain.model.transformer import ModelConfig, abstract_params
 from pretrain.objective import BatchSource, Evaluation, Objective, RowObjective
 from pretrain.optim import OptimConfig, make_optimizer
+from pretrain.origin import origin
 from pretrain.plots import draw_loss
 from pretrain.pretrained import Pretrained, load_init
 from pretrain.rundir import RunDir, write_atomic, write_json_atomic
@@ -565,6 +566,7 @@ class _Loop:
             "seconds_by_phase": seconds,
             "skipped_steps": len(self.ledger.skipped_steps),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "origin": origin(),  # of the process that ended the run
         }
         write_atomic(self.run.samples_txt, _samples_text(records))
         write_json_atomic(self.run.summary_json, summary)

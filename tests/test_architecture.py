@@ -21,7 +21,7 @@ ROOMS = ("pretrain", "synth", "research_env")
 # A folder stands for all modules below it.
 LAYERS = {
     "pretrain": (
-        "config rundir metrics wandb_sink plots tokenizer jobs compat distributed collectives roofline allocator",
+        "config rundir metrics wandb_sink plots tokenizer jobs compat distributed collectives roofline allocator origin",
         "sharding",
         "data kernels",
         "model",
@@ -63,7 +63,7 @@ SIBLINGS = {"synth": ("entigraph", "baselines.*", "sbp")}
 # No path of imports leads from these modules to a package that imports jax.
 LIGHT = tuple(
     """
-    pretrain.config pretrain.rundir pretrain.metrics pretrain.wandb_sink pretrain.plots pretrain.tokenizer
+    pretrain.config pretrain.rundir pretrain.origin pretrain.metrics pretrain.wandb_sink pretrain.plots pretrain.tokenizer
     pretrain.jobs.* pretrain.data.source pretrain.data.pack pretrain.data.rows pretrain.data.mixture
     pretrain.evals.tasks pretrain.evals.baselines pretrain.evals.interval
     synth.document synth.question synth.prompt synth.shards synth.stage synth.generator

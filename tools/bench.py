@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ConfigError, apply_overrides
+from pretrain.origin import origin
 from pretrain.rundir import RunDir, write_atomic, write_json_atomic
-from pretrain.scaling.origin import origin
-from tools.results import Ratio, bench_table
+from tools.results import Ratio, bench_table, generation_ratios, step_ratios
 
 MIN_PAIRS = 5
 # SIGTERM to the benchmark when this process ends, however it ends: one that goes on alone would disturb its successor.
@@ -100,24 +100,7 @@ def step_benchmark(shape: str) -> Benchmark:
 
 def read_step(report: Path) -> tuple[list[Ratio], dict[str, str]]:
     """Rows of bench_step."""
-    said = json.loads(report.read_text())
-    _, *peers = said["entrants"]
-    rows = []
-    for peer in peers:
-        if "our_speed" not in peer:
-            raise ConfigError(
-                f"{peer['name']} must be timed in a turn with ours, got none: other processes took the machine; "
-                "wait for a quiet one or give max_foreign=1"
-            )
-        least, greatest = peer["our_speed_range"]
-        note = f"{said['shape']['name']} parameters, {said['dropped_blocks']} blocks dropped because others worked"
-        rows.append(
-            Ratio(
-                what="training step", ours="pretrain.step", peer=peer["name"], ratio_of="speed", median=peer["our_speed"],
-                least=least, greatest=greatest, pairs=peer["pairs"], note=note,
-            )
-        )  # fmt: skip
-    return rows, {}
+    return step_ratios(json.loads(report.read_text())), {}
 
 
 def generation_absent(options: Options) -> str | None:
@@ -130,22 +113,8 @@ def generation_absent(options: Options) -> str | None:
 
 
 def read_generation(report: Path) -> tuple[list[Ratio], dict[str, str]]:
-    """Rows of bench_generate, by the clock and by processor time."""
-    said = json.loads(report.read_text())
-    asked = said["options"]
-    what = f"generation, {Path(asked['folder']).name}, {asked['batch']} texts, {asked['new_tokens']} tokens after {asked['prompt_tokens']}"
-    rows = []
-    for name, entry in said["entrants"].items():
-        for key, measure in (("our_speed", "clock"), ("our_processor_speed", "processor time")):
-            if key in entry:
-                note = f"by {measure}; {entry['same_ids_as_ours']:.1%} of ids the same"
-                rows.append(
-                    Ratio(
-                        what=what, ours="pretrain.generate", peer=name, ratio_of="speed", **entry[key],
-                        pairs=asked["pairs"], note=note,
-                    )
-                )  # fmt: skip
-    return rows, {}
+    """Rows of bench_generate."""
+    return generation_ratios(json.loads(report.read_text())), {}
 
 
 def generation_command(options: Options, report: Path) -> list[str]:

@@ -17,7 +17,6 @@ import dataclasses
 import importlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ import numpy as np
 
 from pretrain.config import ConfigError, apply_overrides
 from pretrain.hf import HfFolder
+from pretrain.origin import origin
 from pretrain.rundir import write_json_atomic
 
 OURS = "tools.our_generation:factory"
@@ -181,7 +181,7 @@ def compare(options: Options) -> dict[str, Any]:
             table[name]["our_processor_speed"] = _spread(
                 [b["processor_s"] / a["processor_s"] for a, b in pairs]
             )
-    return {"options": dataclasses.asdict(options), "machine": platform.processor(), "entrants": table}
+    return {"options": dataclasses.asdict(options), "origin": origin(), "entrants": table}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ConfigError, apply_overrides
+from pretrain.origin import origin
 from pretrain.rundir import write_json_atomic
 
 # F is four times D, as in the peers; with learned positions and a tied head they have 869,504 and 9,999,040
@@ -213,6 +214,7 @@ def compare(entrants: Sequence[Entrant], options: Options) -> dict[str, Any]:
     return {
         "shape": {"name": options.shape, **shape},
         "dtype": "float32",
+        "origin": origin(),
         "turns": turn,
         "dropped_blocks": dropped,
         "machine": {

@@ -28,6 +28,7 @@ from pretrain.data.batch import Batch
 from pretrain.kernels.attention.api import choose, problem_of
 from pretrain.model.transformer import abstract_params
 from pretrain.optim import make_optimizer
+from pretrain.origin import origin
 from pretrain.rundir import write_json_atomic
 from pretrain.sharding import MeshConfig, make_mesh
 from pretrain.step import init_state, language_model_loss, make_train_step
@@ -249,7 +250,7 @@ def main(argv: Sequence[str], log: Callable[[str], None] = functools.partial(pri
         return 2
     log("\n".join(table(report)))
     if options.out:
-        write_json_atomic(options.out, report)
+        write_json_atomic(options.out, {**report, "origin": origin()})
     return 0
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from pretrain.checkpoint import saved_steps
 from pretrain.config import ConfigError, apply_overrides, fingerprint, load_config
+from pretrain.origin import origin
 from pretrain.rundir import RunDir, write_json_atomic
 
 PHASES: tuple[str, ...] = ("startup", "step", "evaluation", "checkpoint")
@@ -302,6 +303,7 @@ def report(harness: Harness, num_kills: int, seed: int, root: Path, rng: random.
     write_json_atomic(
         root / "kill_test.json",
         {
+            "origin": origin(),
             "seed": seed,
             "phases": dict(phases),
             "durations_s": harness.durations_s,

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ConfigError
+from pretrain.origin import origin
 from pretrain.plots import COLORS, Curve, Level, Panel, draw
 from pretrain.rundir import write_atomic, write_json_atomic
 from pretrain.scaling import page
-from pretrain.scaling.origin import origin
 from research_env.dashboards.page import read_arms
 from research_env.ledger import Ledger, ledger_path
 

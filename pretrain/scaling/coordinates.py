@@ -26,9 +26,9 @@ from pretrain.loss import LossConfig
 from pretrain.model.layers import earlier_tokens, look_up
 from pretrain.model.transformer import Block, ModelConfig, Params, forward, init_params, logits
 from pretrain.optim import Constant, OptimConfig, make_optimizer
+from pretrain.origin import origin
 from pretrain.plots import COLORS, Curve, Panel, draw
 from pretrain.rundir import write_atomic, write_json_atomic
-from pretrain.scaling.origin import origin
 from pretrain.scaling.plan import ScalingConfig, Shape
 from pretrain.step import language_model_loss
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.config import fingerprint, to_json
+from pretrain.origin import origin
 from pretrain.plots import COLORS, QUIET, Curve, Panel, draw
 from pretrain.rundir import write_atomic, write_json_atomic
 from pretrain.scaling import page
@@ -25,7 +26,6 @@ from pretrain.scaling.fit import (
 )
 from pretrain.scaling.isoflop import Parabola, optimum_exponent, parabolas
 from pretrain.scaling.laws import LAWS
-from pretrain.scaling.origin import origin
 from pretrain.scaling.plan import Planned, ScalingConfig
 from pretrain.scaling.run import Tables
 

@@ -15,7 +15,7 @@ from pretrain.scaling.fit import FitConfig
 from pretrain.scaling.laws import effective_tokens
 from pretrain.scaling.report import analyze, fit_text, write_report
 from tools.browse import find_browser, look
-from tools.results import table_of
+from tools.results import results_of
 
 SMOKE = load_config(Path(__file__).parents[3] / "configs/scaling/smoke.py")
 QUICK = FitConfig(num_bootstrap=20)
@@ -103,7 +103,7 @@ def test_the_numbers_of_the_page_stand_in_its_json(report, analysis):
 
 
 def test_the_table_for_a_readme_comes_from_the_same_numbers(report, analysis):
-    table = table_of(report.parent)
+    table = results_of(report.parent).page()
     assert f"| alpha | {analysis.fit.values['alpha']:.4g} |" in table
     assert f"error {analysis.predictions[0].error:+.2%}" in table
     assert "seeds 0" in table

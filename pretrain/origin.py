@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[1]
 
 
 def origin() -> dict[str, Any]:
