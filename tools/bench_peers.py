@@ -130,7 +130,7 @@ def compare_pairing(options: Options) -> dict[str, Any]:
             FAISS: functools.partial(_flat(base_ND).search, query_QD, num_neighbors + 1),
         }
         if importlib.util.find_spec("sklearn") is None:
-            left_out[SKLEARN] = "scikit-learn is not installed; pip install scikit-learn"
+            left_out[SKLEARN] = "scikit-learn is not installed; pip install -e '.[peers]'"
         else:
             brute = _brute_force(base_ND, num_neighbors + 1)
             entrants[SKLEARN] = functools.partial(brute.kneighbors, query_QD, return_distance=False)

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +61,16 @@ def test_an_absent_peer_is_left_out_with_its_reason(monkeypatch):
     report = compare_pairing(Options(pairs=1, num_queries=20, vectors=SMALL))
     assert "not installed" in report["left_out"][bench_peers.SKLEARN]
     assert {row.peer for row in report["rows"]} == {bench_peers.FAISS}
+
+
+def test_the_peers_are_named_where_one_installs_them_and_pinned():
+    root = Path(bench_peers.__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *project["optional-dependencies"]["peers"]]
+    pinned = re.findall(r"^([\w-]+)==", (root / "constraints.txt").read_text(), re.MULTILINE)
+    for package in ("scikit-learn", "faiss-cpu", "torch", "transformers", "scipy"):
+        assert package in named
+        assert package in pinned
 
 
 def test_a_document_is_not_its_own_neighbor():
