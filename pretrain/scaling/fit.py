@@ -180,9 +180,11 @@ def fit(law: Law | str, cells: Columns, config: FitConfig = FitConfig()) -> Fit:
     """Fit a law, with intervals and doubts.
 
     Raises:
-      ConfigError: fewer cells than parameters and one; nothing can be said about the fit then.
+      ConfigError: fewer cells than parameters and one, or cells that are no positive numbers; nothing can be said about
+        the fit then.
     """
     law = LAWS[law] if isinstance(law, str) else law
+    _check(cells)
     num_parameters = len(law.names)
     if len(cells) <= num_parameters:
         raise ConfigError(
@@ -222,6 +224,19 @@ def fit(law: Law | str, cells: Columns, config: FitConfig = FitConfig()) -> Fit:
     )
 
 
+def _check(cells: Columns) -> None:
+    faults = []
+    for field in dataclasses.fields(cells):
+        values = getattr(cells, field.name)
+        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+        if len(bad):
+            faults.append(
+                f"{field.name} of a cell must be positive and finite, got {values[bad[0]]} in cell {bad[0]}"
+            )
+    if faults:
+        raise ConfigError(*faults)
+
+
 def left_out_error(law: Law | str, cells: Columns, left_out: np.ndarray, huber_sigmas: float = 3.0) -> float:
     """Root mean square of the relative errors on the cells left out of the fit: what laws are compared by."""
     law = LAWS[law] if isinstance(law, str) else law
@@ -245,8 +260,13 @@ def _doubts(law: Law, cells: Columns, values: dict[str, float], intervals: dict[
             )
     if len(cells) > 2:
         n, d = np.log(cells.params), np.log(cells.tokens)
-        if min(n.std(), d.std()) > 0 and abs(np.corrcoef(n, d)[0, 1]) > 0.98:
-            doubts.append("N and D rise together in all cells, so their effects cannot be told apart")
+        if min(n.std(), d.std()) > 0 and abs(together := np.corrcoef(n, d)[0, 1]) > 0.98:
+            how = (
+                "N and D rise together in all cells"
+                if together > 0
+                else "N falls as D rises in all cells, as at one budget"
+            )
+            doubts.append(f"{how}, so their effects cannot be told apart")
     for exponent in law.exponents:
         value, found = values[exponent.name], intervals[exponent.name]
         if value < exponent.low * 1.01 or value > exponent.high / 1.01:
@@ -280,9 +300,10 @@ def misfit(found: Fit, cells: Columns) -> str | None:
     if freedom < 2:
         return None
     spare = len(cells) - len(found.law.names)
-    if found.sigma > 1e-9 and (found.sigma / noise) ** 2 > stats.f.ppf(0.99, spare, freedom):
+    if found.sigma > 1e-9 and found.sigma**2 > noise**2 * stats.f.ppf(0.99, spare, freedom):
+        times = f"{found.sigma / noise:.1f} times" if noise > 0 else "more than"
         return (
-            f"residuals of {found.sigma:.2%} are {found.sigma / noise:.1f} times the noise between seeds ({noise:.2%}, "
+            f"residuals of {found.sigma:.2%} are {times} the noise between seeds ({noise:.2%}, "
             f"{freedom} degrees of freedom): the law misses something"
         )
     return None

@@ -127,7 +127,7 @@ class LadderConfig:
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names) or set(names) & {LADDER, HELD_OUT, REPEAT, ""}:
             faults.append(f"arms must have different names, none of them reserved, got {names}")
-        if not 1 <= self.num_arm_budgets <= max(1, len(budgets)):
+        if self.arms and not 1 <= self.num_arm_budgets <= max(1, len(budgets)):
             faults.append(f"num_arm_budgets must lie in [1, {len(budgets)}], got {self.num_arm_budgets}")
         if faults:
             raise ConfigError(*faults)
@@ -142,7 +142,7 @@ class ActionConfig:
 
     def __post_init__(self):
         if self.retries < 0:
-            raise ConfigError(f"scaling.retries must be at least 0, got {self.retries}")
+            raise ConfigError(f"retries must be at least 0, got {self.retries}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

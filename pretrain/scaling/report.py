@@ -1,6 +1,7 @@
 """What a ladder shows: the fitted law, its predictions beside what was measured, and one page with pictures of it."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pretrain.scaling.laws import LAWS
 from pretrain.scaling.plan import Planned, ScalingConfig
 from pretrain.scaling.run import Tables
 
+FREE_EPOCHS = 4.0  # up to here a token read again is worth nearly a new one (arXiv 2305.16264)
 PUBLISHED_R_STAR = 15.4  # arXiv 2305.16264, R*_D
 
 
@@ -56,7 +58,9 @@ class Analysis:
     predictions: tuple[Prediction, ...]
     parabolas: tuple[Parabola, ...]
     repeat_fits: tuple[Fit, ...]
-    repeat_errors: tuple[float, ...]  # of each law on the most repeated runs, fitted without them
+    repeat_errors: tuple[
+        float, ...
+    ]  # of each law on the most repeated runs, fitted without them; NaN: too few others
     multipliers: tuple[Multiplier, ...]
     num_missing: int
 
@@ -83,7 +87,19 @@ def analyze(cells: Sequence[Cell], config: FitConfig, *, num_missing: int = 0) -
     laws = [law for law in LAWS.values() if law.repeats] if repeated else []
     epochs = joint.tokens / joint.unique
     most_repeated = epochs > 0.4 * epochs.max()
+    if repeated and epochs.max() < 2:
+        doubts.append(
+            f"the repeated runs read their data {epochs.max():.1f} times at most, so a repetition cannot be weighed"
+        )
+    again = [cell for cell in cells if cell.role in (LADDER, HELD_OUT) and cell.epochs > FREE_EPOCHS]
+    if again:
+        doubts.append(
+            f"{len(again)} ladder cells read their data more than {FREE_EPOCHS:.0f} times, up to "
+            f"{max(cell.epochs for cell in again):.1f}: their D is not all new, which the law takes it for"
+        )
     arms = sorted({cell.role for cell in cells} - {LADDER, HELD_OUT, REPEAT})
+    multipliers = [multiplier(arm, ladder, [c for c in cells if c.role == arm], found) for arm in arms]
+    doubts += [f"arm {m.arm}: {m.doubt}" for m in multipliers if m.doubt]
     return Analysis(
         cells=tuple(cells),
         fit=found,
@@ -91,10 +107,11 @@ def analyze(cells: Sequence[Cell], config: FitConfig, *, num_missing: int = 0) -
         predictions=tuple(predict(found, cell) for cell in cells if cell.role == HELD_OUT),
         parabolas=tuple(parabolas(ladder)),
         repeat_fits=tuple(fit(law, joint, config) for law in laws),
-        repeat_errors=tuple(left_out_error(law, joint, most_repeated) for law in laws),
-        multipliers=tuple(
-            multiplier(arm, ladder, [c for c in cells if c.role == arm], found) for arm in arms
+        repeat_errors=tuple(
+            left_out_error(law, joint, most_repeated) if (~most_repeated).sum() > len(law.names) else math.nan
+            for law in laws
         ),
+        multipliers=tuple(multipliers),
         num_missing=num_missing,
     )
 
@@ -137,7 +154,7 @@ def fit_text(analysis: Analysis) -> str:
     for fitted, error in zip(analysis.repeat_fits, analysis.repeat_errors, strict=True):
         values = ", ".join(f"{r[0]} {r[1]} {r[2]}" for r in _value_rows(fitted) if r[0] in ("R_star", "P"))
         lines.append(
-            f"repetition, {fitted.law.name}: {values}, residual {fitted.sigma:.3%}, error on the most repeated when left out {error:.2%}"
+            f"repetition, {fitted.law.name}: {values}, residual {fitted.sigma:.3%}, error on the most repeated when left out {_share(error)}"
         )
         lines += [f"  doubt: {doubt}" for doubt in fitted.doubts]
     for m in analysis.multipliers:
@@ -146,6 +163,10 @@ def fit_text(analysis: Analysis) -> str:
             f"arm {m.arm}: effective compute x {m.value:.3f} [{m.interval.low:.3f}, {m.interval.high:.3f}], {verdict}"
         )
     return "\n".join(lines)
+
+
+def _share(value: float) -> str:
+    return "not known: too few other runs" if math.isnan(value) else f"{value:.2%}"
 
 
 def _value_rows(found: Fit) -> list[tuple[str, str, str]]:
@@ -315,7 +336,7 @@ def summary_json(analysis: Analysis, config: ScalingConfig, command: str) -> dic
             for p in analysis.predictions
         ],
         "repetition": [
-            {**fitted(found), "left_out_error": error}
+            {**fitted(found), "left_out_error": None if math.isnan(error) else error}
             for found, error in zip(analysis.repeat_fits, analysis.repeat_errors, strict=True)
         ],
         "multipliers": [
@@ -398,7 +419,7 @@ def _repeat_parts(analysis: Analysis) -> list[str]:
         page.table(
             ("law", "error"),
             [
-                (f.law.name, f"{e:.2%}")
+                (f.law.name, _share(e))
                 for f, e in zip(analysis.repeat_fits, analysis.repeat_errors, strict=True)
             ],
         ),

@@ -1,11 +1,13 @@
 """The effective compute multiplier of a change is the factor that was planted."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pretrain.config import ConfigError
 from pretrain.scaling.cells import LADDER, Cell, columns
-from pretrain.scaling.compare import compute_multiple, multiplier
+from pretrain.scaling.compare import LIMITS, compute_multiples, multiplier
 from pretrain.scaling.fit import FitConfig, fit
 
 E, A, B, ALPHA, BETA = 1.8, 480.0, 2000.0, 0.35, 0.37
@@ -41,11 +43,49 @@ def test_a_planted_gain_is_found(gain):
     assert found.better is {0.7: False, 1.0: None, 1.5: True}[gain]
 
 
+@pytest.mark.parametrize("num_pairs", [2, 6])
+def test_intervals_of_few_pairs_cover_the_planted_gain(num_pairs):
+    """A share of 0.9 of 100 has a standard error of 0.03; percentiles of means of so few pairs covered 0.6."""
+    rng = np.random.default_rng(0)
+    exact = base_cells(rng)
+    law = fit("chinchilla", columns(exact), FitConfig(num_bootstrap=40))
+    hits = []
+    for _ in range(100):
+        base = [dataclasses.replace(c, loss=c.loss * (1 + 2e-3 * rng.standard_normal())) for c in exact]
+        changed = [
+            cell(c.params, c.tokens, role="arm", gain=1.3, noise=2e-3 * rng.standard_normal())
+            for c in base[:num_pairs]
+        ]
+        hits.append(1.3 in multiplier("arm", base, changed, law).interval)
+    assert 0.83 <= np.mean(hits) <= 0.97
+
+
 def test_a_cell_that_follows_the_law_needs_its_own_compute():
     base = base_cells(np.random.default_rng(0))
     found = fit("chinchilla", columns(base), FitConfig(num_bootstrap=20))
-    assert compute_multiple(found.vector, found, base[3], base[3].loss) == pytest.approx(1.0, rel=1e-3)
-    assert compute_multiple(found.vector, found, base[3], 1.0) == np.inf
+    losses = np.array([c.loss for c in base])
+    assert compute_multiples(found.vector, found, base, losses) == pytest.approx(np.ones(len(base)), rel=1e-3)
+    assert compute_multiples(found.vector, found, base[:2], np.array([1.0, 50.0])).tolist() == [np.inf, 0.0]
+
+
+def test_a_loss_below_the_floor_of_the_law_has_a_bound_on_one_side_only():
+    base = base_cells(np.random.default_rng(0))
+    found = fit("chinchilla", columns(base), FitConfig(num_bootstrap=20))
+    changed = [dataclasses.replace(c, role="arm", loss=1.0) for c in base[:3]]
+    wonder = multiplier("arm", base, changed, found)
+    assert wonder.better
+    assert wonder.interval.high == LIMITS[1]
+    assert "3 of 3 pairs lie beyond what the law can say" in wonder.doubt
+
+
+def test_base_runs_below_the_floor_say_nothing_about_the_change():
+    exact = base_cells(np.random.default_rng(0))
+    found = fit("chinchilla", columns(exact), FitConfig(num_bootstrap=20))
+    base = [dataclasses.replace(c, loss=1.0) for c in exact[:3]]
+    silent = multiplier("arm", base, [dataclasses.replace(c, role="arm", loss=0.9) for c in base], found)
+    assert silent.better is None
+    assert (silent.interval.low, silent.interval.high) == LIMITS
+    assert np.isfinite(silent.value)
 
 
 def test_an_arm_without_pairs_is_refused():

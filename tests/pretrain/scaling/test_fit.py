@@ -1,5 +1,7 @@
 """Fits: planted constants come back, intervals cover them, and data that do not support a fit are said not to."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -119,6 +121,35 @@ def test_fewer_cells_than_parameters_are_refused():
     few = planted(ladder()).take(np.arange(5))
     with pytest.raises(ConfigError, match="more cells than its 5 parameters, got 5"):
         fit("chinchilla", few, QUICK)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, -1.0])
+@pytest.mark.parametrize("column", ["params", "tokens", "unique", "loss"])
+def test_cells_that_are_no_numbers_are_refused_by_name(column, bad):
+    cells = planted(ladder())
+    broken = getattr(cells, column).copy()
+    broken[3] = bad
+    with pytest.raises(
+        ConfigError, match=f"{column} of a cell must be positive and finite, got .* in cell 3"
+    ):
+        fit("chinchilla", dataclasses.replace(cells, **{column: broken}), QUICK)
+
+
+def test_one_budget_is_told():
+    n = np.geomspace(1e7, 1e9, 8)
+    d = 1e18 / 6 / n
+    doubts = fit(
+        "chinchilla", planted(Columns(n, d, d, np.ones(8)), noise=0.001), FitConfig(num_bootstrap=20)
+    ).doubts
+    assert any("N falls as D rises in all cells, as at one budget" in doubt for doubt in doubts)
+    assert not any("rise together" in doubt for doubt in doubts)
+
+
+def test_seeds_that_agree_to_the_last_digit_are_no_division_by_zero():
+    cells = planted(ladder()).take(np.repeat(np.arange(42), 2))
+    bent = cells.with_loss(np.round(cells.loss * (1 + 0.02 * np.sin(3 * np.log(cells.params))), 6))
+    assert noise_sigma(bent) == (0.0, 42)
+    assert "misses something" in (misfit(fit("chinchilla", bent, FitConfig(num_bootstrap=20)), bent) or "")
 
 
 def test_sizes_and_tokens_that_rise_together_are_told():

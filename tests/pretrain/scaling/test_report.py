@@ -13,7 +13,7 @@ from pretrain.scaling import page
 from pretrain.scaling.cells import HELD_OUT, LADDER, REPEAT, Cell
 from pretrain.scaling.fit import FitConfig
 from pretrain.scaling.laws import effective_tokens
-from pretrain.scaling.report import analyze, fit_text, write_report
+from pretrain.scaling.report import analyze, fit_text, summary_json, write_report
 from tools.browse import find_browser, look
 from tools.results import results_of
 
@@ -77,6 +77,28 @@ def test_the_text_states_prediction_measurement_and_error(analysis):
 
 def test_missing_cells_are_a_doubt():
     assert any("3 cells" in doubt for doubt in analyze(cells(), QUICK, num_missing=3).doubts)
+
+
+def test_a_ladder_that_reads_its_data_again_is_a_doubt():
+    again = [dataclasses.replace(c, unique_tokens=c.tokens // 8) if c.role == LADDER else c for c in cells()]
+    (doubt,) = [d for d in analyze(again, QUICK).doubts if "read their data" in d]
+    assert doubt.startswith("15 ladder cells read their data more than 4 times, up to 8.0")
+    assert not any("read their data" in d for d in analyze(cells(), QUICK).doubts)
+
+
+def test_a_repetition_curve_without_repetition_is_a_doubt_and_no_crash():
+    fresh = [dataclasses.replace(c, unique_tokens=c.tokens) for c in cells()]
+    found = analyze(fresh, QUICK)
+    assert all(np.isnan(error) for error in found.repeat_errors)
+    assert any("the repeated runs read their data 1.0 times at most" in d for d in found.doubts)
+    assert "nan" not in fit_text(found)
+    json.dumps(summary_json(found, SMOKE, "c"), allow_nan=False)
+
+
+def test_a_multiplier_that_the_law_cannot_state_is_a_doubt():
+    wonder = [dataclasses.replace(c, loss=0.5) if c.role == "arm" else c for c in cells()]
+    found = analyze(wonder, QUICK)
+    assert any(d.startswith("arm arm: 6 of 6 pairs lie beyond what the law can say") for d in found.doubts)
 
 
 @pytest.fixture(scope="module")
