@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import ConfigError, load_config
+from pretrain.config import ConfigError, apply_overrides, load_config
 from pretrain.jobs.api import Crashed, Job, Raised
+from pretrain.metrics import JsonlWriter
+from pretrain.rundir import write_json_atomic
 from pretrain.scaling.plan import plan_cells
-from pretrain.scaling.run import Preempted, _may_be_repeated, _Progress, _run_jobs
+from pretrain.scaling.run import (
+    Preempted,
+    Tables,
+    _may_be_repeated,
+    _Progress,
+    _run_jobs,
+    cell_dir,
+    finished_cells,
+)
 
 SMOKE = load_config(Path(__file__).parents[3] / "configs/scaling/smoke.py")
 CELLS = plan_cells(SMOKE, 260)
@@ -45,3 +55,22 @@ def test_a_preempted_cell_may_be_repeated_and_a_failed_one_not():
 
     assert _may_be_repeated(raised(Preempted()))
     assert not _may_be_repeated(raised(ValueError()))
+
+
+def test_a_loss_that_is_no_number_is_named_with_its_cell(tmp_path):
+    config = apply_overrides(SMOKE, [f"train.run.workdir={tmp_path}"])
+    tables = Tables(config)
+    planned = plan_cells(config, tables.vocab_size)[0]
+    folder = cell_dir(planned, "smoke")
+    folder.create()
+    steps = planned.train.run.num_steps
+    write_json_atomic(folder.summary_json, {"steps": steps, "seconds": 1.0, "skipped_steps": 0})
+    with pytest.raises(ConfigError, match="must end with an evaluation at step"):
+        finished_cells(config, "smoke", tables)
+    writer = JsonlWriter(folder.metrics_jsonl)
+    writer.write(steps, "eval", {"nats_per_token": math.nan})
+    writer.close()
+    with pytest.raises(
+        ConfigError, match=f"the loss of {planned.name} must be finite, got nan; lower the peak rate"
+    ):
+        finished_cells(config, "smoke", tables)
