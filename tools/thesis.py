@@ -11,6 +11,7 @@ joined by the files in their run folders, never by imports of what they computed
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pretrain.config import ConfigError
 from pretrain.origin import origin
@@ -196,25 +197,31 @@ STAGES = (
 
 
 def run_stage(stage: Stage, workdir: Path, say: Callable[[str], None] = print) -> int:
-    """Run a stage's command to its end, its lines shown and kept; returns its exit code."""
+    """Run a stage's command to its end, its lines shown and kept; returns its exit code.
+
+    What a killed run left behind is waited for: a stage in the middle of a compile hears SIGTERM late.
+    """
     command = stage.command(workdir)
     record_path = workdir / f"{stage.key}.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {"seconds": 0.0}
-    began = time.monotonic()
     with (
+        open(workdir / f"{stage.key}.lock", "ab") as lock,
         open(workdir / f"{stage.key}.log", "ab") as log,
-        subprocess.Popen(
+    ):
+        _take(lock, say)
+        began = time.monotonic()
+        with subprocess.Popen(
             [sys.executable, *(("-c", _LAUNCH) if sys.platform == "linux" else ("-m",)), *command],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            say(f"  {line.decode(errors='replace').rstrip()}")
+            pass_fds=(lock.fileno(),),  # held until the stage ends, however we end
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                say(f"  {line.decode(errors='replace').rstrip()}")
     seconds = record["seconds"] + time.monotonic() - began
     write_json_atomic(
         record_path,
@@ -226,6 +233,15 @@ def run_stage(stage: Stage, workdir: Path, say: Callable[[str], None] = print) -
         },
     )
     return process.returncode
+
+
+def _take(lock: IO[bytes], say: Callable[[str], None]) -> None:
+    """Hold the file's lock, after whoever holds it now."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("  waiting for a process that is still in this stage: one at a time")
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 # --- the page ------------------------------------------------------------------------------------------

@@ -132,6 +132,41 @@ def test_a_stage_does_not_outlive_a_killed_thesis(program, tmp_path):
         time.sleep(0.05)
 
 
+def test_a_stage_that_a_kill_left_behind_is_waited_for(program, tmp_path):
+    """A stage in a long compile hears SIGTERM late: started again at once, it would be a second writer."""
+    workdir = tmp_path / "t"
+    workdir.mkdir()
+    (tmp_path / "late_program.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "folder = pathlib.Path(sys.argv[3].partition('=')[2])\n"
+        "folder.mkdir(parents=True, exist_ok=True)\n"
+        "assert not (folder / 'busy').exists(), 'two writers'\n"
+        "(folder / 'busy').touch()\n"
+        "time.sleep(3)\n"
+        "(folder / 'busy').unlink()\n"
+        "(folder / 'results.md').write_text('| arm | all |\\n|---|---|\\n| raw | 25.0 |\\n')\n"
+        "(folder / 'results.png').write_bytes(pathlib.Path(__file__).with_name('picture.png').read_bytes())\n"
+    )
+    code = (
+        "import dataclasses; from tools.thesis import main, STAGES\n"
+        "stage = dataclasses.replace(STAGES[0], module='late_program', config='configs/pretrain/smoke.py')\n"
+        f"main(['--workdir', {str(workdir)!r}], [stage])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=thesis.ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (workdir / "entigraph/busy").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (workdir / "entigraph/busy").exists()
+    lines = []
+    stage = dataclasses.replace(program, module="late_program")
+    assert thesis.run_stage(stage, workdir, lines.append) == 0, lines
+    assert any("waiting for a process that is still in this stage" in line for line in lines)
+
+
 def _alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
