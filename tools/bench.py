@@ -4,9 +4,10 @@
     python -m tools.bench peers=module:function folder=MODEL_FOLDER                all of it
     python -m tools.bench out=runs/bench only=pairing,sandbox pairs=10             some of it
 
-`peers` are training steps of others as bench_step takes them, `folder` a model as bench_generate takes it; neither
-lies in this repository. A benchmark is the command that one would type, in a process of its own, and takes its
-entrants in turn. What was not run is listed with its reason; so is what failed, and the others go on.
+`peers` are training steps of others as bench_step takes them, GPT-2 of transformers when none is named; `folder` is a
+model as bench_generate takes it. Neither lies in this repository. A benchmark is the command that one would type, in a
+process of its own, and takes its entrants in turn. What was not run is listed with its reason; so is what failed, and
+the others go on.
 
 `<out>/<benchmark>.json` is written when a benchmark has ended: killed at any moment, the same command goes on with the
 next one. Remove the file, or give other arguments, to measure again. The table is `<out>/bench.md`, with the same
@@ -44,7 +45,7 @@ class Options:
     out: str = "runs/bench"
     only: str = ""  # names, separated by commas; empty: all
     pairs: int = MIN_PAIRS
-    peers: str = ""  # training steps, module:function, separated by commas
+    peers: str = ""  # training steps, module:function, separated by commas; empty: GPT-2 of transformers
     max_foreign: float = (
         0.06  # share of the machine that others may take while steps are timed; no limit from 1 on
     )
@@ -83,16 +84,27 @@ class Benchmark:
 # --- the benchmarks ----------------------------------------------------------------------------------
 
 
+STEP_PEER = "tools.peer_transformers:gpt2_step"
+
+
+def step_absent(options: Options) -> str | None:
+    """The packages of the peer that is taken when none is named."""
+    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if options.peers or not absent:
+        return None
+    return f"{' and '.join(absent)} not installed: pip install -e '.[peers]', or give peers=module:function"
+
+
 def step_benchmark(shape: str) -> Benchmark:
     """Our training step beside those of `peers`."""
 
     def command(options: Options, report: Path) -> list[str]:
-        asked = [f"peers={options.peers}", f"shape={shape}", f"pairs={options.pairs}"]
+        asked = [f"peers={options.peers or STEP_PEER}", f"shape={shape}", f"pairs={options.pairs}"]
         return ["tools.bench_step", *asked, f"max_foreign={options.max_foreign}", f"out={report}"]
 
     return Benchmark(
         name=f"step_{shape}",
-        absent=lambda options: None if options.peers else "no training step to compare with: give peers=module:function",
+        absent=step_absent,
         command=command,
         read=read_step,
     )  # fmt: skip

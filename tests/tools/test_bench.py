@@ -163,12 +163,23 @@ def test_bad_input_is_one_line_and_code_2(arguments, fault, tmp_path, capsys):
 def test_what_this_machine_lacks_is_the_reason(monkeypatch):
     absent = {benchmark.name: benchmark.absent for benchmark in BENCHMARKS}
     monkeypatch.setattr(bench, "backend", lambda: "cpu")
-    assert "give peers=module:function" in absent["step_10m"](Options())
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "torch" else name)
+    assert absent["step_10m"](Options()) == (
+        "torch not installed: pip install -e '.[peers]', or give peers=module:function"
+    )
     assert "give folder=FOLDER" in absent["generation"](Options())
     assert "jax sees no GPU and no TPU (backend cpu)" in absent["attention"](Options())
     assert absent["step_10m"](Options(peers="a:b")) is None
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    assert absent["step_10m"](Options()) is None
     monkeypatch.setattr(bench, "backend", lambda: "gpu")
     assert absent["attention"](Options()) is None
+
+
+def test_a_step_without_named_peers_is_beside_the_one_of_the_extra(tmp_path):
+    step = next(benchmark for benchmark in BENCHMARKS if benchmark.name == "step_0.87m")
+    assert "peers=tools.peer_transformers:gpt2_step" in step.command(Options(), tmp_path / "report.json")
+    assert "peers=a:b" in step.command(Options(peers="a:b"), tmp_path / "report.json")
 
 
 def test_jax_is_asked_in_a_process_of_its_own():

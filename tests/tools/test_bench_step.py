@@ -143,3 +143,13 @@ def test_our_step_learns_its_batch_and_the_report_is_written(seen, tmp_path, mon
     assert ours["last_warmup_loss"] < ours["first_loss"]
     assert peer["our_speed"] > 0
     assert "tools.our_step:factory" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_peer_of_the_extra_learns_its_batch_at_nearly_our_size():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    step, info = bench_step.load_factory("tools.peer_transformers:gpt2_step")(bench_step.SHAPES["0.87m"])
+    assert info["params"] == pytest.approx(869_504, rel=0.01)
+    first = step()
+    assert all(step() < first for _ in range(5))
