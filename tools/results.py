@@ -22,7 +22,9 @@ from pretrain.config import ConfigError
 from pretrain.rundir import write_atomic
 
 _BLOCK = re.compile(r"(<!-- results: (?P<folder>\S+) -->\n).*?(?P<end><!-- end of results -->)", re.DOTALL)
-_ROW = re.compile(r"^(\|.*(?<!\\)\| )(?:\\\||[^|\n])*?(?P<end><!-- result: (?P<folder>\S+) --> \|)$", re.MULTILINE)
+_ROW = re.compile(
+    r"^(\|.*(?<!\\)\| )(?:\\\||[^|\n])*?(?P<end><!-- result: (?P<folder>\S+) --> \|)$", re.MULTILINE
+)
 UNKNOWN = "not recorded"
 
 
