@@ -298,7 +298,9 @@ def test_tokens_are_those_of_the_batches_that_were_read(tmp_path):
     config = apply_overrides(load_config(SMOKE), [*TINY, f"run.workdir={tmp_path}"])
     stages = (BatchStage(start_step=0, batch_rows=8), BatchStage(start_step=3, batch_rows=16))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_stages=stages))
-    assert train(config, name="grows").summary["train_tokens"] == 32 * (3 * 8 + 2 * 16)
+    summary = train(config, name="grows").summary
+    assert summary["train_tokens"] == 32 * (3 * 8 + 2 * 16)
+    assert {"commit", "hardware"} <= summary["origin"].keys()
     lines = train_lines(run_dir(config, "grows"))
     assert [line["tokens"] // 32 for line in lines] == [8, 16, 24, 40, 56]
     assert all(line["hfu"] > line["mfu"] > 0 for line in lines)
