@@ -76,3 +76,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if name in item.keywords:
                     item.add_marker(pytest.mark.skip(reason=remedy))
+
+
+@pytest.fixture(scope="session")
+def isolation():
+    """The first level of the sandbox that holds on this host, proved once."""
+    from research_env.sandbox.ladder import probe  # here, since most tests need no sandbox
+
+    for level in ("unshare", "bwrap", "landlock"):
+        found = probe(level)
+        if found.is_held:
+            return found
+    pytest.skip(f"no level of isolation holds on this host: {found.checks}")

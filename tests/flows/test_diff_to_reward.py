@@ -5,7 +5,6 @@ import pytest
 from research_env.env import AIResearchEnv
 from research_env.records import Resource, Status
 from research_env.reward import rank_rewards
-from research_env.sandbox.ladder import probe
 from research_env.schedule import Devices
 from research_env.search import researcher as thesis
 
@@ -18,16 +17,6 @@ EVAL = """\
 read steps devices < "$ARTIFACT/model.txt"
 echo "{\\"metric\\": 1.$steps, \\"extra\\": {\\"devices\\": $(echo "$devices" | tr -cd , | wc -c)}}" > "$RESULT"
 """
-
-
-@pytest.fixture(scope="module")
-def isolation():
-    """The first level that holds here."""
-    for level in ("unshare", "bwrap", "landlock"):
-        found = probe(level)
-        if found.is_held:
-            return found
-    pytest.skip("no level of isolation holds on this host")
 
 
 def test_the_ten_lines_in_the_docstring_run_as_they_stand(tmp_path, isolation, monkeypatch, capsys):

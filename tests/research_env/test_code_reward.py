@@ -10,7 +10,7 @@ from pretrain.config import ConfigError
 from pretrain.rl.grader import Grader
 from pretrain.rl.problem import Problem
 from research_env.rl.code_reward import CodeReward, isolation_here
-from research_env.sandbox.ladder import SandboxConfig, probe
+from research_env.sandbox.ladder import SandboxConfig
 from research_env.sandbox.run import scratch_root
 
 PROBLEM = Problem(id="double", prompt="Double it.", answer=json.dumps([["3\n", "6\n"], ["-4\n", "-8\n"]]))
@@ -22,11 +22,8 @@ def fenced(code):
 
 
 @pytest.fixture(scope="module")
-def reward():
-    for level in ("unshare", "bwrap", "landlock"):
-        if probe(level).is_held:
-            return CodeReward(sandbox=SandboxConfig(level=level), wall_s=3.0)
-    pytest.skip("no level of isolation holds on this host")
+def reward(isolation):
+    return CodeReward(sandbox=SandboxConfig(level=isolation.level), wall_s=3.0)
 
 
 def test_a_program_that_passes_every_test_is_right(reward):

@@ -22,7 +22,7 @@ BETTER = "--- a/settings.py\n+++ b/settings.py\n@@ -5 +5 @@\n-WIDTH = 64\n+WIDTH
 
 @pytest.fixture(scope="module")
 def isolation():
-    """The best level of this host, probed once."""
+    """The best level of this host: other files take unshare first."""
     for level in ("bwrap", "unshare", "landlock"):
         found = probe(level)
         if found.is_held:

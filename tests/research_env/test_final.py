@@ -9,7 +9,6 @@ from pretrain.config import ConfigError
 from research_env.env import AIResearchEnv
 from research_env.main import main, score_final
 from research_env.records import Status
-from research_env.sandbox.ladder import probe
 from research_env.task import open_task
 from research_env.worker import lay_out_judge
 
@@ -19,16 +18,6 @@ path = {"search": "locked/target.txt", "final": "final/target.txt"}[os.environ["
 json.dump({"metric": abs(settings["X"] - float(open(path).read())), "extra": {"sees_final": float(os.path.exists("final"))}},
           open(os.environ["RESULT"], "w"))
 """
-
-
-@pytest.fixture(scope="module")
-def isolation():
-    """The first level that holds here."""
-    for level in ("unshare", "bwrap", "landlock"):
-        found = probe(level)
-        if found.is_held:
-            return found
-    pytest.skip("no level of isolation holds on this host")
 
 
 @pytest.fixture

@@ -186,17 +186,26 @@ def load(folder):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("level", ["bwrap", "unshare"])
-def test_the_held_out_text_is_nowhere_in_a_jail(tmp_path, level):
-    """Looked up in the interpreter's own pydoc_data it was worth 1.46 nats a byte beside 2.74."""
-    found = probe(level)
+@pytest.fixture(params=["bwrap", "unshare"])
+def toy(request, tmp_path):
+    """The toy task at a level that hides files."""
+    found = probe(request.param)
     if not found.is_held:
-        pytest.skip(f"{level} does not hold here")
+        pytest.skip(f"{request.param} does not hold here")
     with AIResearchEnv(codebase="toy", workdir=tmp_path, sandbox=found) as env:
-        base = env.task.baseline
-        text = emit_diff(make_diff(base, {**base, "model.py": base["model.py"] + LOOKUP.encode()}))
-        looked, honest = env.value_many([text, ""], rung=env.task.rungs[0])
+        yield env
+
+
+def model_with(env, code):
+    """The diff that adds code to the toy's model."""
+    base = env.task.baseline
+    return emit_diff(make_diff(base, {**base, "model.py": base["model.py"] + code.encode()}))
+
+
+@pytest.mark.slow
+def test_the_held_out_text_is_nowhere_in_a_jail(toy):
+    """Looked up in the interpreter's own pydoc_data it was worth 1.46 nats a byte beside 2.74."""
+    looked, honest = toy.value_many([model_with(toy, LOOKUP), ""], rung=toy.task.rungs[0])
     assert looked.status is Status.OK, looked
     assert looked.metric == honest.metric
 
@@ -208,15 +217,8 @@ def test_where_nothing_can_be_hidden_every_result_says_so(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", ["bwrap", "unshare"])
-def test_the_two_processes_of_a_model_have_no_wire(tmp_path, level):
-    found = probe(level)
-    if not found.is_held:
-        pytest.skip(f"{level} does not hold here")
-    with AIResearchEnv(codebase="toy", workdir=tmp_path, sandbox=found) as env:
-        base = env.task.baseline
-        text = emit_diff(make_diff(base, {**base, "model.py": base["model.py"] + WIRE.encode()}))
-        result = env.value(text, rung=env.task.rungs[0])
+def test_the_two_processes_of_a_model_have_no_wire(toy):
+    result = toy.value(model_with(toy, WIRE), rung=toy.task.rungs[0])
     assert result.status is Status.METRIC_INVALID, result
     assert "the model looks ahead" in result.reason
 

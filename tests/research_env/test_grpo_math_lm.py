@@ -21,7 +21,6 @@ from pretrain.tokenizer import BytesConfig
 from research_env.diff import emit_diff, make_diff
 from research_env.env import AIResearchEnv
 from research_env.records import Status
-from research_env.sandbox.ladder import probe
 from research_env.task import read_task
 from research_env.tasks.grpo_math_lm import build
 
@@ -162,11 +161,8 @@ def test_the_papers_model_has_its_shapes_and_its_step_can_be_traced(codebase, tr
 
 
 @pytest.mark.slow
-def test_the_tiny_model_is_trained_sealed_and_judged_by_locked_code(codebase, tmp_path):
-    found = next((found for found in map(probe, ("unshare", "bwrap", "landlock")) if found.is_held), None)
-    if found is None:
-        pytest.skip("no level of isolation holds on this host")
-    with AIResearchEnv(codebase=str(codebase), workdir=tmp_path / "run", sandbox=found) as env:
+def test_the_tiny_model_is_trained_sealed_and_judged_by_locked_code(codebase, isolation, tmp_path):
+    with AIResearchEnv(codebase=str(codebase), workdir=tmp_path / "run", sandbox=isolation) as env:
         base = env.task.baseline
         reward = base["pretrain/rl/reward.py"].decode()
         cheat = reward.replace("        answer = _PLACES[self.place](text)\n", "        return 1.0\n")

@@ -20,16 +20,6 @@ DIFFS = ["", "no diff"] + [
 ]
 
 
-@pytest.fixture(scope="module")
-def isolation():
-    """The first level that holds here."""
-    for level in ("unshare", "bwrap", "landlock"):
-        found = probe(level)
-        if found.is_held:
-            return found
-    pytest.skip("no level of isolation holds on this host")
-
-
 def values(folder, isolation, jobs=None, resource="1xCPU"):
     with AIResearchEnv(
         codebase="planted", workdir=folder, sandbox=isolation, jobs=jobs, resource=resource

@@ -33,7 +33,6 @@ from research_env.rl.experiment import (
 from research_env.rl.learn import Variant, learn
 from research_env.rl.measure import effective_number, measure, similarities_AA
 from research_env.rl.policy import PolicyState, entropy, gradient_A, kl, log_softmax, sample, update
-from research_env.sandbox.ladder import probe
 from research_env.schedule import Budget, CannotGoOn, OutOfBudget
 
 LOGITS = st.lists(st.floats(-4, 4), min_size=2, max_size=8).map(np.array)
@@ -45,16 +44,6 @@ REWARD_LISTS = st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.30001, 0.5, float("nan
 def planted(tmp_path_factory):
     with PlantedBanditConfig(num_ideas=20).open(0, tmp_path_factory.mktemp("bandit")) as bandit:
         yield bandit
-
-
-@pytest.fixture(scope="module")
-def isolation():
-    """The first level that holds here."""
-    for level in ("unshare", "bwrap", "landlock"):
-        found = probe(level)
-        if found.is_held:
-            return found
-    pytest.skip("no level of isolation holds on this host")
 
 
 # --- the policy

@@ -5,14 +5,11 @@ import json
 import random
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from pretrain.config import ConfigError, apply_overrides, load_config
-from pretrain.model.transformer import ModelConfig, abstract_params, init_params, param_shardings
 from pretrain.rl.problem import Problem
-from pretrain.tokenizer import BytesConfig
 from pretrain.train import train
 from research_env.env import AIResearchEnv
 from research_env.ideator.llm import ModelIdeas
@@ -22,7 +19,6 @@ from research_env.records import Result, Status
 from research_env.rl.carry_out import ModelExecutor, SentenceExecutor, Sentences
 from research_env.rl.execution import ExecutedIdeas, best_epoch
 from research_env.rl.ideator import IdeatorConfig, idea_documents, idea_prompt
-from research_env.sandbox.ladder import probe
 from research_env.schedule import Budget, CannotGoOn
 from research_env.task import open_task
 from synth.llm.scripted import ScriptedConfig
@@ -30,16 +26,6 @@ from synth.llm.scripted import ScriptedConfig
 ROOT = Path(__file__).parents[2]
 PROMPT = Problem(id="planted", prompt="?", answer="")
 GOOD, BAD = "Change WIDTH from 64 to 128.", "Change WIDTH from 64 to 16."
-
-
-@pytest.fixture(scope="module")
-def isolation():
-    """The first level that holds here."""
-    for level in ("unshare", "bwrap", "landlock"):
-        found = probe(level)
-        if found.is_held:
-            return found
-    pytest.skip("no level of isolation holds on this host")
 
 
 @pytest.fixture
@@ -247,33 +233,6 @@ def tiny(init: str, workdir: Path, *overrides: str) -> IdeatorConfig:
     )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Untrained:
-    """A model that has read nothing."""
-
-    model: ModelConfig
-
-    def model_config(self):
-        return self.model
-
-    def vocab_size(self):
-        return self.tokenizer().vocab_size
-
-    def tokenizer(self):
-        return BytesConfig().build("", lambda max_bytes: iter(()))
-
-    def stated(self):
-        raise AssertionError("nothing is exported")
-
-    def params(self, model, mesh=None):
-        params = init_params(model, self.vocab_size(), seed=0)
-        return (
-            params
-            if mesh is None
-            else jax.device_put(params, param_shardings(abstract_params(model, self.vocab_size()), mesh))
-        )
-
-
 def test_a_template_may_hold_other_braces_and_code_that_names_a_field(tmp_path):
     task = open_task("planted", tmp_path)
     prompt = idea_prompt(task, 'Answer as {"idea": ".."}, {}.\n{code}')
@@ -283,12 +242,12 @@ def test_a_template_may_hold_other_braces_and_code_that_names_a_field(tmp_path):
     assert "about {code}" in idea_prompt(named, "{task}")
 
 
-def test_an_epoch_goes_from_the_prompt_to_the_line_of_its_numbers(isolation, tmp_path):
+def test_an_epoch_goes_from_the_prompt_to_the_line_of_its_numbers(isolation, untrained, tmp_path):
     """A model that knows nothing says no idea: every sample is refused, valued 0, counted, and no candidate runs."""
     config = tiny(
         "", tmp_path, "run.num_steps=1", "optim.schedule.num_warmup_steps=1", "data.max_new_tokens=8"
     )
-    result = train(dataclasses.replace(config, init=Untrained(config.model)), name="ideator")
+    result = train(dataclasses.replace(config, init=untrained(config.model)), name="ideator")
     (line,) = [
         record
         for record in map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())

@@ -5,18 +5,15 @@ import gzip
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from pretrain.config import ConfigError, apply_overrides, load_config
-from pretrain.model.transformer import ModelConfig, abstract_params, init_params, param_shardings
 from pretrain.rl.grpo import RlConfig
 from pretrain.rl.reward import ExpressionReward
-from pretrain.tokenizer import BytesConfig
 from pretrain.train import train
 from research_env.rl.code_reward import CodeReward, read_tests
 from research_env.rl.programs import ProgramTasksConfig, program
-from research_env.sandbox.ladder import SandboxConfig, probe
+from research_env.sandbox.ladder import SandboxConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.num_kv_heads=1", "model.head_width=16",
@@ -25,40 +22,16 @@ TINY = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.num_
         "data.samples_per_prompt=4", "data.slots=8", "data.max_new_tokens=4"]  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Untrained:
-    """A model that has read nothing."""
-
-    model: ModelConfig
-
-    def model_config(self):
-        return self.model
-
-    def vocab_size(self):
-        return self.tokenizer().vocab_size
-
-    def tokenizer(self):
-        return BytesConfig().build("", lambda max_bytes: iter(()))
-
-    def stated(self):
-        raise AssertionError("nothing is exported")
-
-    def params(self, model, mesh=None):
-        params = init_params(model, self.vocab_size(), seed=0)
-        shapes = abstract_params(model, self.vocab_size())
-        return params if mesh is None else jax.device_put(params, param_shardings(shapes, mesh))
-
-
-def one_step(config: RlConfig, tmp_path: Path, *overrides: str) -> tuple[dict, dict]:
+def one_step(config: RlConfig, untrained, tmp_path: Path, *overrides: str) -> tuple[dict, dict]:
     """(the line of the step, the summary) of a run of a tiny model that has read nothing."""
     config = apply_overrides(config, [*TINY, f"run.workdir={tmp_path}", *overrides])
-    result = train(dataclasses.replace(config, init=Untrained(config.model)), name="policy")
+    result = train(dataclasses.replace(config, init=untrained(config.model)), name="policy")
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if line["kind"] == "train"]
     return line, result.summary
 
 
-def test_a_step_on_problems_like_those_of_math(tmp_path):
+def test_a_step_on_problems_like_those_of_math(untrained, tmp_path):
     for name in ("train", "heldout"):
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
             for number in range(3):
@@ -68,7 +41,7 @@ def test_a_step_on_problems_like_those_of_math(tmp_path):
                 }
                 file.write(json.dumps(problem) + "\n")
     paths = [f"data.problems.{name}_path={tmp_path}/{name}.jsonl.gz" for name in ("train", "heldout")]
-    line, summary = one_step(load_config(ROOT / "configs/rl/math_smoke.py"), tmp_path, *paths)
+    line, summary = one_step(load_config(ROOT / "configs/rl/math_smoke.py"), untrained, tmp_path, *paths)
     assert line["dropped"] == {}
     assert 0 <= line["reward_mean"] <= 0.1  # noise now and then is some expression
     assert summary["val_heldout_problems"] == 3
@@ -84,14 +57,11 @@ def test_the_recipe_for_a_published_model_differs_in_problems_and_lengths_alone(
     assert dataclasses.replace(config, data=sums.data) == sums
 
 
-def test_a_step_on_programs_runs_them_in_the_sandbox(tmp_path):
-    level = next((level for level in ("unshare", "bwrap", "landlock") if probe(level).is_held), None)
-    if level is None:
-        pytest.skip("no level of isolation holds on this host")
+def test_a_step_on_programs_runs_them_in_the_sandbox(isolation, untrained, tmp_path):
     config = load_config(ROOT / "configs/rl/code_grpo.py")
-    reward = dataclasses.replace(config.data.reward, sandbox=SandboxConfig(level=level))
+    reward = dataclasses.replace(config.data.reward, sandbox=SandboxConfig(level=isolation.level))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, reward=reward))
-    line, summary = one_step(config, tmp_path)
+    line, summary = one_step(config, untrained, tmp_path)
     assert (line["dropped"], line["reward_mean"]) == ({}, 0.0)  # noise is no program
     assert (summary["val_accuracy"], summary["val_dropped"]) == (0.0, 0)
     problem = config.data.problems.train()[0]

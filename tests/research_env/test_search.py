@@ -19,7 +19,6 @@ from research_env.ledger import Ledger
 from research_env.main import main
 from research_env.novelty import jaccard, syntax_digest, words
 from research_env.records import Node, Result, Status
-from research_env.sandbox.ladder import probe
 from research_env.search.islands import Islands
 from research_env.search.makers import MutationMaker
 from research_env.search.proposal import Proposal, Told
@@ -32,16 +31,6 @@ TREE = {
     "model.py": b'"""Doc."""\nRATE = 0.1\nON = False\nACT = "tanh"  # tanh, relu\nSIZE = 64\nf(depth=4)\n'
 }
 POLICY = PathPolicy(editable=("model.py",))
-
-
-@pytest.fixture(scope="module")
-def isolation():
-    """The first level that holds here."""
-    for level in ("unshare", "bwrap", "landlock"):
-        found = probe(level)
-        if found.is_held:
-            return found
-    pytest.skip("no level of isolation holds on this host")
 
 
 def test_every_mutation_applies_and_changes_something():

@@ -10,21 +10,10 @@ import pytest
 
 from research_env.env import AIResearchEnv
 from research_env.records import Status
-from research_env.sandbox.ladder import probe
 from research_env.task import built_in_tasks, open_task
 from research_env.tasks.autoresearch import adapt
 
 GUIDE = Path(adapt.__file__).parent.parent / "template" / "GUIDE.md"
-
-
-@pytest.fixture(scope="module")
-def isolation():
-    """The first level that holds here."""
-    for level in ("unshare", "bwrap", "landlock"):
-        found = probe(level)
-        if found.is_held:
-            return found
-    pytest.skip("no level of isolation holds on this host")
 
 
 @pytest.mark.parametrize("name", built_in_tasks())

@@ -13,6 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from research_env.tasks.words import read_words, refuse
+
 OPTIONS = {
     "train": "train.py",  # the file that may change
     "prepare": "prepare.py",  # the file that may not
@@ -75,25 +77,19 @@ judge.main(evaluate)
 
 def main(argv: list[str]) -> int:
     """Write the codebase; exit code 2 and one line for each fault, with nothing written."""
-    folders = [word for word in argv if "=" not in word]
-    options = {**OPTIONS, **dict(word.split("=", 1) for word in argv if "=" in word)}
-    faults = [
-        f"unknown option {key!r}; known are {', '.join(OPTIONS)}" for key in options if key not in OPTIONS
-    ]
-    if len(folders) != 2:
-        faults.append(f"two folders are needed, SOURCE and TARGET, got {folders}")
-    else:
-        faults += _faults(Path(folders[0]), Path(folders[1]), options)
-    for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
+    words = read_words(argv, OPTIONS, "SOURCE", "TARGET")
+    faults = words.faults
+    if len(words.folders) == 2:
+        faults += _faults(words.folders[0], words.options)
     if faults:
-        return 2
-    adapt(Path(folders[0]), Path(folders[1]), options)
-    print(f"codebase={folders[1]} is ready; env.value('') scores the unchanged training file")
+        return refuse(faults)
+    source, target = words.folders
+    adapt(source, target, words.options)
+    print(f"codebase={target} is ready; env.value('') scores the unchanged training file")
     return 0
 
 
-def _faults(source: Path, target: Path, options: dict[str, str]) -> list[str]:
+def _faults(source: Path, options: dict[str, str]) -> list[str]:
     faults = [f"{name}={options[name]} must be a file in {source}" for name in ("train", "prepare", "validation")
               if not options[name] or not (source / options[name]).is_file()]  # fmt: skip
     faults += [f"{name}= must be a whole number, got {options[name]!r}" for name in ("vocab", "row", "bytes", "cpu_s")
@@ -102,8 +98,6 @@ def _faults(source: Path, target: Path, options: dict[str, str]) -> list[str]:
         faults.append(f"dtype must be uint8, uint16 or int32, got {options['dtype']!r}")
     if options["data"] and not (source / options["data"]).is_dir():
         faults.append(f"data={options['data']} must be a folder in {source}")
-    if target.exists():
-        faults.append(f"{target} exists; name a new folder")
     if (source / options["train"]).is_file():
         module = ast.parse((source / options["train"]).read_bytes())
         if not any(isinstance(node, ast.FunctionDef) and node.name == "load" for node in module.body):

@@ -32,6 +32,7 @@ from pretrain.rl.problem import Problem, QuestionFileConfig
 from pretrain.rl.reward import ExpressionReward
 from pretrain.rl.rollout import encode_prompt
 from pretrain.tokenizer import Tokenizer
+from research_env.tasks.words import read_words, refuse
 
 FILES = Path(__file__).parent / "files"
 OPTIONS = {
@@ -52,15 +53,8 @@ _RECIPE = {
 
 def main(argv: list[str]) -> int:
     """Write the codebase; exit code 2 and one line for each fault, with nothing written."""
-    folders = [word for word in argv if "=" not in word]
-    options = {**OPTIONS, **dict(word.split("=", 1) for word in argv if "=" in word)}
-    faults = [
-        f"unknown option {key!r}; known are {', '.join(OPTIONS)}" for key in options if key not in OPTIONS
-    ]
-    if len(folders) != 1:
-        faults.append(f"one folder is needed, TARGET, got {folders}")
-    elif Path(folders[0]).exists():
-        faults.append(f"{folders[0]} exists; name a new folder")
+    words = read_words(argv, OPTIONS, "TARGET")
+    options, faults = words.options, words.faults
     faults += [f"{name}= must be given" for name in ("model", "train", "heldout") if not options[name]]
     faults += [
         f"{name}= must be a positive whole number, got {options[name]!r}"
@@ -76,16 +70,14 @@ def main(argv: list[str]) -> int:
         faults.append(f"learning_rate= must be a number in (0, 1), got {options['learning_rate']!r}")
     if not faults:
         try:
-            build(Path(folders[0]), options)
+            build(words.folders[0], options)
         except ConfigError as error:
             faults += error.faults
         except (NoCheckpoint, AllCheckpointsBad) as error:
             faults.append(str(error))
-    for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
     if faults:
-        return 2
-    print(f"codebase={folders[0]} is ready")
+        return refuse(faults)
+    print(f"codebase={words.folders[0]} is ready")
     return 0
 
 

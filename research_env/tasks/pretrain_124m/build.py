@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain import config
+from research_env.tasks.words import read_words, refuse
 
 ROW = 1024
 NUM_ROWS = 256  # a frame of logits is 206 MB a row, so that scoring more takes longer than training
@@ -25,15 +26,8 @@ SHARED = Path(__file__).parent.parent / "pretrain_tiny" / "codebase"
 
 def main(argv: list[str]) -> int:
     """Write the codebase; exit code 2 and one line for each fault, with nothing written."""
-    folders = [word for word in argv if "=" not in word]
-    options = {**OPTIONS, **dict(word.split("=", 1) for word in argv if "=" in word)}
-    faults = [
-        f"unknown option {key!r}; known are {', '.join(OPTIONS)}" for key in options if key not in OPTIONS
-    ]
-    if len(folders) != 1:
-        faults.append(f"one folder is needed, TARGET, got {folders}")
-    elif Path(folders[0]).exists():
-        faults.append(f"{folders[0]} exists; name a new folder")
+    words = read_words(argv, OPTIONS, "TARGET")
+    options, faults = words.options, words.faults
     faults += [
         f"{name}= must be a file of uint16 tokens, got {options[name]!r}"
         for name in ("train", "validation", "final")
@@ -48,12 +42,11 @@ def main(argv: list[str]) -> int:
         faults.append(f"vocab= must be a whole number, got {options['vocab']!r}")
     if not faults:
         faults += _token_faults(options)
-    for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
     if faults:
-        return 2
-    build(Path(folders[0]), options)
-    print(f"codebase={folders[0]} is ready; resource=8xH100 accelerators=... runs it")
+        return refuse(faults)
+    (target,) = words.folders
+    build(target, options)
+    print(f"codebase={target} is ready; resource=8xH100 accelerators=... runs it")
     return 0
 
 
