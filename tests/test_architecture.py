@@ -44,7 +44,7 @@ LAYERS = {
         "main",
     ),
     "research_env": (
-        "records",
+        "records words",
         "diff task reward",
         "sandbox",
         "evaluate ledger",

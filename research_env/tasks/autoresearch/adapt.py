@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from research_env.tasks.words import read_words, refuse
+from research_env.words import read_words, refuse
 
 OPTIONS = {
     "train": "train.py",  # the file that may change

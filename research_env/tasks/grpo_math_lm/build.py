@@ -32,7 +32,7 @@ from pretrain.rl.problem import Problem, QuestionFileConfig
 from pretrain.rl.reward import ExpressionReward
 from pretrain.rl.rollout import encode_prompt
 from pretrain.tokenizer import Tokenizer
-from research_env.tasks.words import read_words, refuse
+from research_env.words import read_words, refuse
 
 FILES = Path(__file__).parent / "files"
 OPTIONS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain import config
-from research_env.tasks.words import read_words, refuse
+from research_env.words import read_words, refuse
 
 ROW = 1024
 NUM_ROWS = 256  # a frame of logits is 206 MB a row, so that scoring more takes longer than training
