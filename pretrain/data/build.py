@@ -13,6 +13,7 @@ import numpy as np
 
 from pretrain.config import ConfigError, stable_seed
 from pretrain.data.pack import (
+    GIVEN,
     WINDOW_DOCUMENTS,
     Overflow,
     Piece,
@@ -171,7 +172,7 @@ def build_table(
         "documents": len(spool),
         "documents_sha256": spool.sha256,
         "pairs": int(pairs.sum()),
-        "text_bytes": int(spool.text_bytes[kept].sum()),
+        "text_bytes": int(spool.learned_bytes[kept].sum()),
         "fill_fraction": counts.filled_positions / positions if positions else 0.0,
         "repeated_ids": len(spool) - len(np.unique(spool.order_key)),
         **dataclasses.asdict(counts),
@@ -189,7 +190,7 @@ def _encode(spool: Spool, scratch: Path, spec: TableSpec, runner: _Shown, here: 
         Job(
             name=f"encode-{spec.name}-{spec.split}-{number:05d}",
             function=encode_chunk,
-            arguments=(_part(spool, start, stop), spec.tokenizer, scratch / f"{number:05d}.tokens"),
+            arguments=(spool.part(start, stop), spec.tokenizer, scratch / f"{number:05d}.tokens"),
         )
         for number, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False))
     ]
@@ -213,23 +214,18 @@ def _even_cuts(starts: np.ndarray) -> list[int]:
     return sorted({0, *inner.tolist(), len(starts) - 1})
 
 
-def _part(spool: Spool, start: int, stop: int) -> Spool:
-    return dataclasses.replace(
-        spool,
-        starts=spool.starts[start : stop + 1],
-        id_bytes=spool.id_bytes[start:stop],
-        first_bytes=spool.first_bytes[start:stop],
-        order_key=spool.order_key[start:stop],
-    )
-
-
 def encode_chunk(spool: Spool, tokenizer: Tokenizer, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Encode documents into a file of uint32 tokens; returns the lengths (first text, whole) of each."""
+    """Encode documents into a file of uint32 tokens, those that are only read with `GIVEN`; returns the lengths
+    (first text, whole) of each."""
     first_lengths = np.full(len(spool), -1, np.int64)
     lengths = np.zeros(len(spool), np.int64)
     with open(path, "wb") as file:
         for i, document in enumerate(spool.documents()):
-            ids = tokenizer.encode(document.text)
+            ids = [
+                token if learned else token | GIVEN
+                for part, learned in document.parts()
+                for token in tokenizer.encode(part)
+            ]
             if document.first is not None:
                 first = tokenizer.encode(document.first)
                 first_lengths[i] = len(first)

@@ -2,7 +2,7 @@
 
 A document is BOS + tokens + EOS, cut where it is longer than a row into pieces that overlap by one token, so that
 every token but BOS is a target exactly once. A pair is BOS + first + separator + second + EOS in one segment,
-never cut, with weight on the second and EOS only. Pieces are packed first-fit-decreasing inside windows of
+never cut, with weight on the second and EOS only. A token of a document that is only read has no weight. Pieces are packed first-fit-decreasing inside windows of
 documents (close to no padding, documents stay whole: arXiv 2404.10830, there best fit); the rows of a window are
 then shuffled, so a prefix of a table is a random sample, and the prefixes nest.
 
@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 WINDOW_DOCUMENTS = 65_536
+GIVEN = 1 << 31  # set in the id of a token that is read and not learned
 
 Overflow = Literal["error", "drop", "truncate"]
 
@@ -32,10 +33,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
-    """Consecutive tokens of one segment; the targets from index `first_target` on are learned."""
+    """Consecutive tokens of one segment; the targets from index `first_target` on are learned, but those `given`."""
 
     tokens: np.ndarray
     first_target: int = 1
+    given: np.ndarray | None = None  # bool, a token each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,10 @@ class Overflowed(ValueError):
 
 def document_pieces(ids: np.ndarray, row_length: int, specials: Specials) -> list[Piece]:
     """BOS + ids + EOS in pieces of at most T + 1 tokens; each begins with the last token of the one before."""
-    tokens = np.concatenate([[specials.bos], ids, [specials.eos]]).astype(np.int32)
-    starts = range(0, len(tokens) - 1, row_length)
-    return [Piece(tokens[start : start + row_length + 1]) for start in starts]
+    marked = np.concatenate([[specials.bos], ids, [specials.eos]]).astype(np.uint32)
+    tokens, given = (marked & ~np.uint32(GIVEN)).astype(np.int32), marked >= GIVEN
+    cuts = [slice(start, start + row_length + 1) for start in range(0, len(tokens) - 1, row_length)]
+    return [Piece(tokens[cut], given=given[cut] if given[cut].any() else None) for cut in cuts]
 
 
 def pair_fits(
@@ -148,6 +151,8 @@ def _row(pieces: Sequence[Piece], row_length: int, pad_id: int) -> Row:
         segment_ids[start:end] = segment
         positions[start:end] = np.arange(end - start)
         weights[start + piece.first_target - 1 : end - 1] = 1.0
+        if piece.given is not None:
+            weights[start : end - 1][piece.given[1:]] = 0.0
         start = end
     return Row(tokens, segment_ids, positions, weights)
 

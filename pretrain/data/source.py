@@ -32,12 +32,39 @@ _PIECE_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class TextDocument:
-    """A text with an id. With `first`, a pair: only `text`, the second, is learned."""
+    """A text with an id. With `first`, a pair: only `text`, the second, is learned.
+
+    `learned` are spans [start, stop) of characters, in order, that are learned (the answers of a dialogue); the rest
+    of the text is only read. Each span, and each gap between two, is encoded by itself. None learns all.
+    """
 
     id: str
     text: str
     source: str = ""
     first: str | None = None
+    learned: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self):
+        if self.learned is None:
+            return
+        if self.first is not None:
+            raise ValueError(f"document {self.id!r} is a pair, of which the second text is learned whole")
+        borders = [border for span in self.learned for border in span]
+        if not borders or borders != sorted(set(borders)) or borders[0] < 0 or borders[-1] > len(self.text):
+            raise ValueError(
+                f"learned spans of document {self.id!r} must rise inside its {len(self.text)} characters "
+                f"and hold one at least, got {self.learned}"
+            )
+
+    def parts(self) -> list[tuple[str, bool]]:
+        """The text in pieces, each with whether it is learned."""
+        if self.learned is None:
+            return [(self.text, True)]
+        found, end = [], 0
+        for start, stop in self.learned:
+            found += [(self.text[end:start], False), (self.text[start:stop], True)]
+            end = stop
+        return [(text, learned) for text, learned in [*found, (self.text[end:], False)] if text]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,9 @@ from pretrain.data.source import TextDocument
 class Spool:
     """Documents in the order in which they were added.
 
-    `id_bytes` and `first_bytes` are lengths inside a document's bytes (id, first text of a pair, text);
-    `first_bytes` is -1 where there is no pair. `order_key` is a hash of seed and id: sorting by it is a random
+    `id_bytes`, `first_bytes` and `mark_bytes` are lengths inside a document's bytes (id, first text of a pair, borders
+    of learned spans, text), -1 where there is no pair and where all is learned. `learned_bytes` are those of the text
+    that are learned. `order_key` is a hash of seed and id: sorting by it is a random
     order that does not depend on the other documents.
     """
 
@@ -30,16 +31,21 @@ class Spool:
     starts: np.ndarray  # [documents + 1] bytes
     id_bytes: np.ndarray
     first_bytes: np.ndarray
+    mark_bytes: np.ndarray
+    learned_bytes: np.ndarray
     order_key: np.ndarray
     sha256: str
 
     def __len__(self) -> int:
         return len(self.id_bytes)
 
-    @property
-    def text_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of each text (of a pair, the second)."""
-        return np.diff(self.starts) - self.id_bytes - np.maximum(self.first_bytes, 0)
+    def part(self, start: int, stop: int) -> "Spool":
+        """The documents from number `start` to before `stop`."""
+        arrays = {
+            name: getattr(self, name)[start:stop]
+            for name in ("id_bytes", "first_bytes", "mark_bytes", "learned_bytes", "order_key")
+        }
+        return dataclasses.replace(self, starts=self.starts[start : stop + 1], **arrays)
 
     def in_random_order(self) -> np.ndarray:
         """Indices of all documents by `order_key`."""
@@ -52,33 +58,46 @@ class Spool:
                 file.seek(int(self.starts[i]))
                 data = file.read(int(self.starts[i + 1] - self.starts[i]))
                 first_start = int(self.id_bytes[i])
-                text_start = first_start + max(0, int(self.first_bytes[i]))
-                first = None if self.first_bytes[i] < 0 else data[first_start:text_start].decode()
-                yield TextDocument(data[:first_start].decode(), data[text_start:].decode(), first=first)
+                mark_start = first_start + max(0, int(self.first_bytes[i]))
+                text_start = mark_start + max(0, int(self.mark_bytes[i]))
+                first = learned = None
+                if self.first_bytes[i] >= 0:
+                    first = data[first_start:mark_start].decode()
+                if self.mark_bytes[i] >= 0:
+                    borders = np.frombuffer(data[mark_start:text_start], "<i8").reshape(-1, 2)
+                    learned = tuple((start, stop) for start, stop in borders.tolist())
+                yield TextDocument(
+                    data[:first_start].decode(), data[text_start:].decode(), first=first, learned=learned
+                )
 
 
 class SpoolWriter:
-    """Writes a `Spool`; memory grows by 32 bytes a document. Leaving its context closes the file."""
+    """Writes a `Spool`; memory grows by 48 bytes a document. Leaving its context closes the file."""
 
     def __init__(self, path: Path, seed: int):
         self._path, self._seed = path, seed
         self._file = open(path, "wb")  # closed by `close` or on leaving the context
         self._digest = hashlib.sha256()
         self._starts, self._id_bytes = array.array("q", [0]), array.array("q")
-        self._first_bytes, self._order_key = array.array("q"), array.array("q")
+        self._first_bytes, self._mark_bytes = array.array("q"), array.array("q")
+        self._learned_bytes, self._order_key = array.array("q"), array.array("q")
 
     def add(self, document: TextDocument) -> int:
         """Append a document; returns its bytes."""
         identity, text = document.id.encode(), document.text.encode()
         first = b"" if document.first is None else document.first.encode()
         first_bytes = -1 if document.first is None else len(first)
-        data = identity + first + text
+        marks = b"" if document.learned is None else np.array(document.learned, "<i8").tobytes()
+        marked = "" if document.learned is None else f" {len(marks)}"
+        data = identity + first + marks + text
         self._file.write(data)
-        self._digest.update(f"{len(identity)} {first_bytes} {len(text)}\n".encode())
+        self._digest.update(f"{len(identity)} {first_bytes} {len(text)}{marked}\n".encode())
         self._digest.update(data)
         self._starts.append(self._starts[-1] + len(data))
         self._id_bytes.append(len(identity))
         self._first_bytes.append(first_bytes)
+        self._mark_bytes.append(-1 if document.learned is None else len(marks))
+        self._learned_bytes.append(sum(len(part.encode()) for part, learned in document.parts() if learned))
         self._order_key.append(stable_seed("order", self._seed, document.id))
         return len(data)
 
@@ -96,6 +115,8 @@ class SpoolWriter:
             starts=np.array(self._starts, np.int64),
             id_bytes=np.array(self._id_bytes, np.int64),
             first_bytes=np.array(self._first_bytes, np.int64),
+            mark_bytes=np.array(self._mark_bytes, np.int64),
+            learned_bytes=np.array(self._learned_bytes, np.int64),
             order_key=np.array(self._order_key, np.int64),
             sha256=self._digest.hexdigest(),
         )

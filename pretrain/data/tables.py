@@ -144,13 +144,25 @@ class PreparedData:
             with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
                 for line in file:
                     values = json.loads(line)
-                    yield TextDocument(values["id"], values["text"], source, values.get("first"))
+                    learned = values.get("learned")
+                    yield TextDocument(
+                        values["id"],
+                        values["text"],
+                        source,
+                        values.get("first"),
+                        None if learned is None else tuple((start, stop) for start, stop in learned),
+                    )
         except (OSError, EOFError, ValueError, KeyError) as error:
             raise ConfigError(f"held-out documents {path} are damaged: {error}; {REBUILD}") from error
 
     def heldout_texts(self) -> dict[str, bytes]:
         """The bytes behind the held-out rows, by source: `heldout_bytes` of them."""
-        return {name: b"".join(d.text.encode() for d in self.heldout_documents(name)) for name in self.labels}
+        return {
+            name: b"".join(
+                part.encode() for d in self.heldout_documents(name) for part, learned in d.parts() if learned
+            )
+            for name in self.labels
+        }
 
     def verify(self) -> None:
         """Compare every byte of the tables with its hash.
@@ -390,7 +402,7 @@ class _Keeper:
 
     def _train_tokenizer(self, read: Mapping[str, "_Read"], scratch: Path) -> Tokenizer:
         def texts(max_bytes: int) -> Iterator[str]:
-            given, total = 0, min(max_bytes, sum(int(r.train.text_bytes.sum()) for r in read.values()))
+            given, total = 0, min(max_bytes, sum(int(r.train.starts[-1]) for r in read.values()))
             for document in _in_common_order([r.train for r in read.values()]):
                 for text in filter(None, (document.first, document.text)):
                     part = text.encode()[: max_bytes - given].decode(errors="ignore")
@@ -576,14 +588,14 @@ def _in_common_order(spools: Sequence[Spool]) -> Iterator[TextDocument]:
 def _choose_heldout(spool: Spool, max_bytes: int, path: Path, seed: int) -> tuple[Spool, int]:
     """Documents in random order until `max_bytes`, the last one cut there; and how many are left out.
 
-    A pair is taken whole or not at all.
+    A pair, and a document with parts that are only read, is taken whole or not at all.
     """
     left, taken = max_bytes, 0
     order = spool.in_random_order()
     with SpoolWriter(path, seed) as writer:
         for document in spool.documents(order):
             text = document.text.encode()
-            if len(text) > left and document.first is not None:
+            if len(text) > left and (document.first, document.learned) != (None, None):
                 break
             part = text[:left].decode(errors="ignore")  # drops the character that the cut halves
             if part:
@@ -603,6 +615,8 @@ def _write_documents(path: Path, documents: Iterable[TextDocument]) -> None:
                 values = {"id": document.id, "text": document.text}
                 if document.first is not None:
                     values["first"] = document.first
+                if document.learned is not None:
+                    values["learned"] = document.learned
                 file.write(json.dumps(values).encode() + b"\n")
         raw.flush()
         os.fsync(raw.fileno())

@@ -199,6 +199,57 @@ def test_a_dropped_pair_counts_in_no_score(tmp_path):
     assert prepared.report["qa"]["train"]["text_bytes"] == len(short[0].text)
 
 
+def dialogue(*parts):
+    """A document whose every second part is learned."""
+    learned, end = [], 0
+    for number, part in enumerate(parts):
+        if number % 2:
+            learned.append((end, end + len(part)))
+        end += len(part)
+    return "".join(parts), tuple(learned)
+
+
+def test_only_the_learned_spans_of_a_document_are_learned(tmp_path):
+    """Also where a document is longer than a row, with a whole one beside it, and in what the score divides by."""
+    made = [
+        dialogue("<", f"né {i}", f"> and so on and so on until the row has long ended {i}<", f"{i * i}", ">")
+        for i in range(40)
+    ]
+    marked = [TextDocument(f"d{i}", text, learned=spans) for i, (text, spans) in enumerate(made)]
+    whole = [TextDocument(f"w{i}", f"<{i}>") for i in range(9)]
+    source = MemoryConfig(name="talk", documents=(*marked, *whole))
+    prepared = prepare_tables(data_config(source), tmp_path, 0, quiet)
+
+    def wanted(document):
+        if document.learned is None:
+            return document.text
+        return "".join(document.text[start:stop] for start, stop in document.learned)
+
+    learned = bytearray()
+    for rows in (*prepared.train_rows(), *prepared.heldout_rows()):
+        ends = prepared.tokenizer.eos_id
+        for tokens, weights in zip(rows.tokens_BT1, rows.weights_BT, strict=True):
+            learned += bytes(10 if t == ends else t for t in tokens[1:][weights > 0].tolist())
+    by_letter = sorted(learned.replace(b"\n", b""))
+    assert by_letter == sorted("".join(map(wanted, source.documents)).encode())
+    assert learned.count(b"\n") == len(source.documents)  # the end is learned too
+    held = list(prepared.heldout_documents("talk"))
+    assert held and all(
+        d.learned == dict(zip([m.id for m in marked], [m.learned for m in marked], strict=True)).get(d.id)
+        for d in held
+    )
+    assert prepared.heldout_bytes["talk"] == len("".join(map(wanted, held)).encode())
+    assert prepared.heldout_texts()["talk"] == "".join(map(wanted, held)).encode()
+
+
+@pytest.mark.parametrize("spans", [(), ((0, 0),), ((3, 5), (1, 2)), ((0, 2), (2, 4)), ((0, 9),), ((-1, 2),)])
+def test_learned_spans_rise_inside_the_text(spans):
+    with pytest.raises(ValueError, match="must rise inside its 6 characters"):
+        TextDocument("d", "abcdef", learned=spans)
+    with pytest.raises(ValueError, match="is a pair"):
+        TextDocument("d", "abcdef", first="a", learned=((0, 2),))
+
+
 def test_bad_and_empty_records_are_counted_and_reported(tmp_path):
     write_corpus(tmp_path / "a.jsonl")
     with open(tmp_path / "a.jsonl", "ab") as file:
