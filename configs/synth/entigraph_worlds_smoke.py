@@ -18,7 +18,7 @@ from synth.arms.experiment import ArmsConfig
 from synth.arms.plan import Gates, Tuning
 from synth.stage import RunConfig
 from synth.training import HereConfig
-from synth.worlds.background import Recurring, Retold
+from synth.worlds.background import OpenBook, Recurring
 from synth.worlds.words import WordsConfig
 from synth.worlds.world import WorldConfig
 
@@ -40,7 +40,9 @@ def run_of(num_steps: int) -> TrainConfig:
         ),
         data=DataConfig(
             sources=(
-                Retold(name="retold", seed=1, count=24, num_names=NUM_NAMES, retellings=4),
+                OpenBook(
+                    name="book", seed=1, count=24, num_names=NUM_NAMES, num_facts=(2, 12), num_questions=4
+                ),
                 Recurring(name="recurring", seed=2, count=24, world=WORLD, num_worlds=2),
             ),
             tokenizer=WordsConfig(num_names=NUM_NAMES),

@@ -1,9 +1,9 @@
-"""What a base model reads before it meets the niche: copies, fresh worlds told twice, and worlds that stay the same.
+"""What a base model reads before it meets the niche: open books, and worlds that stay the same.
 
-Three sources for `pretrain`, made as they are read. `Copies` and `Retold` teach to look things up in the text
-at hand: names are drawn anew for every document, so nothing can be memorized, and the second telling can only
-be predicted by reading the first. `Recurring` teaches the opposite: its worlds come again in every style and in
-questions, so a question without a text must be answered from memory. None of them shares a fact with the niche.
+Two sources for `pretrain`, made as they are read. `OpenBook` teaches to look things up in the text at hand: names are
+drawn anew for every document, so nothing can be memorized, and answers can only be found in the document before
+them. `Recurring` teaches the opposite: its worlds come again in every style and in questions, so a question without
+a text must be answered from memory. Neither shares a fact with the niche.
 """
 
 import random
@@ -20,6 +20,7 @@ from synth.worlds.world import (
     Statement,
     World,
     WorldConfig,
+    closure,
     edges_of,
     make_world,
     make_worlds,
@@ -49,8 +50,12 @@ class MadeSource(SourceConfig):
         return _Made(self)
 
     @abstractmethod
+    def written(self) -> Iterator[list[tuple[str, bool]]]:
+        """The documents, each in parts with whether they are learned."""
+
     def texts(self) -> Iterator[str]:
-        """The documents."""
+        """The documents, whole."""
+        return ("".join(text for text, _ in parts) for parts in self.written())
 
     def chances(self) -> Iterator[random.Random]:
         """The randomness of each document: a larger `count` continues a smaller one."""
@@ -71,51 +76,53 @@ class _Made:
 
     def documents(self) -> Iterator[TextDocument | BadRecord]:
         name = self.config.name
-        for number, text in enumerate(self.config.texts()):
-            yield TextDocument(id=f"{name}-{number}", text=text, source=name)
+        for number, parts in enumerate(self.config.written()):
+            spans, end = [], 0
+            for text, learned in parts:
+                if learned:
+                    spans.append((end, end + len(text)))
+                end += len(text)
+            yield TextDocument(
+                id=f"{name}-{number}",
+                text="".join(text for text, _ in parts),
+                source=name,
+                learned=tuple(spans) if len(spans) < len(parts) else None,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Copies(MadeSource):
-    """Random names, once and then again in the same order: the shortest lesson in looking back."""
+class OpenBook(MadeSource):
+    """A fresh world told as the niche is, then at most `num_questions` about it with their answers, none twice.
 
-    num_names: int
-    length: int = 24
-    times: int = 3
-
-    def texts(self) -> Iterator[str]:
-        """`length` names, `times` times."""
-        for chance in self.chances():
-            names = [spell(chance.randrange(self.num_names)) for _ in range(self.length)]
-            yield " ".join([*names * self.times, "."])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retold(MadeSource):
-    """A fresh world told as the niche is, then `retellings` statements about it in any frame, questions among them.
-
-    `max_hops` adds derived statements to the retelling, `questions` is the share told in the question frame.
+    Only answers are learned: names of a fresh world cannot be foreseen, and a small model that is asked to foresee
+    them does not begin to read for long. Worlds have `num_facts` (least, most) facts. A share `hop_share` of the
+    questions spans up to `max_hops` facts.
     """
 
     num_names: int
     per_type: tuple[int, ...] = (5, 4, 4, 4)
-    retellings: int = 16
+    num_facts: tuple[int, int]
+    num_questions: int
     max_hops: int = 2
-    hop_share: float = 0.3
-    questions: float = 0.5
+    hop_share: float = 0.0
 
-    def texts(self) -> Iterator[str]:
-        """Documents with their retelling."""
+    def written(self) -> Iterator[list[tuple[str, bool]]]:
+        """Documents with their questions."""
         for chance in self.chances():
             names = [spell(i) for i in chance.sample(range(self.num_names), sum(self.per_type))]
-            world = make_world("fresh", names, self.per_type, chance)
+            world = make_world("fresh", names, self.per_type, chance, chance.randint(*self.num_facts))
             facts = [told for fact in world.facts for told in (fact, fact.reversed())]
-            derived = _chains_from(world, chance, self.max_hops) or facts
-            told = [render_document(world, chance)[0]]
-            for _ in range(self.retellings):
-                statement = chance.choice(derived if chance.random() < self.hop_share else facts)
-                told.append(_tell(statement, chance, self.questions))
-            yield " ".join(told)
+            derived = (
+                [s for s in closure(world.facts, self.max_hops) if len(s.chain) > 1] if self.hop_share else []
+            )
+            chance.shuffle(facts)
+            chance.shuffle(derived)
+            parts = [(render_document(world, chance)[0], False)]
+            for _ in range(min(self.num_questions, len(facts) + len(derived))):
+                is_hop = derived and (not facts or chance.random() < self.hop_share)
+                statement = (derived if is_hop else facts).pop()
+                parts += [(f" {question(statement)} ", False), (statement.object, True), (".", False)]
+            yield parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,20 +137,21 @@ class Recurring(MadeSource):
         niche = self.world.num_documents
         return make_worlds(replace(self.world, num_documents=niche + self.num_worlds))[niche:]
 
-    def texts(self) -> Iterator[str]:
-        """Each world in turn, in one of the three styles."""
+    def written(self) -> Iterator[list[tuple[str, bool]]]:
+        """Each world in turn, in one of the three styles, learned whole."""
         worlds = self.worlds()
         shown = [self.split(world)[0] for world in worlds]
         for number, chance in enumerate(self.chances()):
             index = number % len(worlds)
             style = chance.random()
             if style < 0.4:
-                yield render_document(worlds[index], chance)[0]
+                text = render_document(worlds[index], chance)[0]
             elif style < 0.7:
-                yield _about_two(worlds[index], chance, self.world.max_hops)
+                text = _about_two(worlds[index], chance, self.world.max_hops)
             else:
                 asked = chance.choices(shown[index], k=_QUESTIONS_A_BLOCK)
-                yield " ".join(f"{q.text} {q.options[q.gold]}." for q in asked)
+                text = " ".join(f"{q.text} {q.options[q.gold]}." for q in asked)
+            yield [(text, True)]
 
     def split(self, world: World) -> tuple[list[Question], list[Question]]:
         """The questions that texts ask, and those that none asks though their facts are told."""
@@ -167,23 +175,6 @@ class RecurringQuestions:
     def load(self) -> list[Question]:
         """All questions, world after world."""
         return [question for world in self.recurring.worlds() for question in self.recurring.split(world)[1]]
-
-
-def _chains_from(world: World, chance: random.Random, max_hops: int) -> list[Statement]:
-    """The derived statements from a few entities: all of them would take longer than to write the document."""
-    edges = edges_of(world.facts)
-    return [
-        Statement(chain, start, target)
-        for start in chance.sample(sorted(edges), min(4, len(edges)))
-        for target, chain in shortest_chains(edges, start, max_hops).items()
-        if len(chain) > 1
-    ]
-
-
-def _tell(statement: Statement, chance: random.Random, questions: float) -> str:
-    if chance.random() < questions:
-        return f"{question(statement)} {statement.object}."
-    return render(statement, chance)
 
 
 def _about_two(world: World, chance: random.Random, max_hops: int) -> str:

@@ -7,6 +7,7 @@ one-to-one, every chain has at most one answer.
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.config import ConfigError, stable_seed
@@ -74,11 +75,15 @@ class Statement:
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """How many entities of each type a document has (in the order of `TYPES`), and how far questions reach."""
+    """How many entities of each type a document has (in the order of `TYPES`), and how far questions reach.
+
+    `num_facts` are told of all that hold between them; each entity is in one at least. None tells all.
+    """
 
     seed: int = 0
     num_documents: int = 2
     per_type: tuple[int, ...] = (5, 4, 4, 4)
+    num_facts: int | None = None
     max_hops: int = 2
     num_names: int = 4096
 
@@ -88,6 +93,8 @@ class WorldConfig:
             faults.append(f"per_type must give at least 2 of each of {', '.join(TYPES)}, got {self.per_type}")
         if self.num_documents < 1:
             faults.append(f"num_documents must be at least 1, got {self.num_documents}")
+        if self.num_facts is not None and self.num_facts < 1:
+            faults.append(f"num_facts must be at least 1, or none for all, got {self.num_facts}")
         if not 1 <= self.max_hops <= 3:
             faults.append(f"max_hops must lie in [1, 3], got {self.max_hops}")
         if sum(self.per_type) * self.num_documents > self.num_names:
@@ -117,12 +124,19 @@ def make_worlds(config: WorldConfig) -> list[World]:
     names = [spell(i) for i in range(config.num_names)]
     chance.shuffle(names)
     return [
-        make_world(f"world{index}", names, config.per_type, chance) for index in range(config.num_documents)
+        make_world(f"world{index}", names, config.per_type, chance, config.num_facts)
+        for index in range(config.num_documents)
     ]
 
 
-def make_world(label: str, names: list[str], per_type: tuple[int, ...], chance: random.Random) -> World:
-    """One world that takes its names from the end of `names`."""
+def make_world(
+    label: str,
+    names: list[str],
+    per_type: tuple[int, ...],
+    chance: random.Random,
+    num_facts: int | None = None,
+) -> World:
+    """One world that takes its names from the end of `names`; with `num_facts`, few of its facts (see `choose_facts`)."""
     by_type = {kind: [names.pop() for _ in range(count)] for kind, count in zip(TYPES, per_type, strict=True)}
     facts = []
     for relation in RELATIONS:
@@ -134,8 +148,25 @@ def make_world(label: str, names: list[str], per_type: tuple[int, ...], chance: 
         for subject, obj in zip(subjects, objects, strict=False):
             facts.append(Statement((Step(relation.name),), subject, obj))
     chance.shuffle(facts)
+    if num_facts is not None:
+        facts = choose_facts(facts, num_facts)
     entities = {name: kind for kind, members in by_type.items() for name in members}
     return World(name=label, entities=entities, facts=tuple(facts))
+
+
+def choose_facts(facts: Sequence[Statement], count: int) -> list[Statement]:
+    """`count` facts, those first that name two entities which none before names, then one, then any: all are told of
+    as soon as `count` allows. In the order of `facts`.
+    """
+    named: set[str] = set()
+    chosen: set[Statement] = set()
+    for least in (2, 1, 0):
+        for fact in facts:
+            new = {fact.subject, fact.object} - named
+            if fact not in chosen and len(new) >= least and len(chosen) < count:
+                chosen.add(fact)
+                named |= new
+    return [fact for fact in facts if fact in chosen]
 
 
 def closure(facts: tuple[Statement, ...], hops: int) -> list[Statement]:
