@@ -16,6 +16,8 @@ def ask_world(
 ) -> list[Question]:
     """All questions about one world: `same`, `reverse` (against the direction of the document), `hop2`, `hop3`.
 
+    All but `same` are also tagged `inferred`: the document does not say it in so many words.
+
     Options are entities of the answer's type from the same document, the gold position is uniform, and a hop
     question holds the answer of its last-but-one cut as a lure where that has the right type (tag `lured`).
     """
@@ -23,11 +25,11 @@ def ask_world(
     edges = edges_of(world.facts)
     questions = []
     for statement in sorted(closure(world.facts, max_hops)):
-        tags = [f"hop{len(statement.chain)}"]
+        tags = [f"hop{len(statement.chain)}", "inferred"]
         if len(statement.chain) == 1:
             fact = statement.canonical()
             same = told_in_reverse[fact] == (statement != fact)
-            tags = ["same" if same else "reverse"]
+            tags = ["same"] if same else ["reverse", "inferred"]
         kind = world.entities[statement.object]
         others = [
             name
