@@ -8,7 +8,7 @@ Settings are chosen on validation documents and reported on test documents.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain.config import ConfigError, to_json
@@ -117,16 +117,17 @@ class RunTrials:
         self._check_tokens(shard)
         workdir = workdir_of(shard)
         tokenizer = TokenizerFile.of(shard).config
+        texts = {part: part_texts(shard, part) for part in self.needs if part != TOKENIZER}
+        measured = [replace(texts[part], share=0.0) for part in (VALIDATION, TEST)]
         configs = {}
         trials = {trial.name: trial for trial in self.trials.all()}
         for name, trial in trials.items():
-            measured = [part_texts(shard, VALIDATION, share=0.0), part_texts(shard, TEST, share=0.0)]
             if trial.arm == ORACLE_ARM:
-                learned = [part_texts(shard, ORACLE)]
+                learned = [texts[ORACLE]]
             else:
-                learned = [part_texts(shard, UNIQUE, share=1 - trial.share)]
+                learned = [replace(texts[UNIQUE], share=1 - trial.share)]
             if trial.share:
-                learned.append(part_texts(shard, SYNTHETIC[trial.arm], share=trial.share, max_epochs=1.0))
+                learned.append(replace(texts[SYNTHETIC[trial.arm]], share=trial.share, max_epochs=1.0))
             configs[name] = training_config(
                 with_weight_decay(self.learner, trial.weight_decay),
                 [*learned, *measured],

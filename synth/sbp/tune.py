@@ -5,7 +5,9 @@ are scored all the way in three forms: after their own first document, after ano
 compares these numbers before anything is synthesized.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 from pretrain.config import from_json, local, stable_seed, to_json
 from pretrain.jobs.api import Job, JobsConfig, JobsFailed
 from pretrain.optim import OptimConfig
+from pretrain.rundir import file_sha256
 from pretrain.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerConfig, TokenizerFileConfig
 from synth.document import Document
 from synth.sbp.pair import PAIR, RANDOM
@@ -62,7 +65,8 @@ class MakeTokenizer:
         built = self.tokenizer.build(self.root, texts)
         opened: TokenizerConfig = self.tokenizer
         if isinstance(self.tokenizer, TokenizerFileConfig) or self.tokenizer.trained:
-            path = shard.scratch.parent / "tokenizer.json"
+            # Another tokenizer has another name, so no run with the old one is taken for a run with the new one.
+            path = shard.scratch.parent / f"tokenizer-{built.sha256[:12]}.json"
             built.save(path)
             kept = str(path.relative_to(workdir_of(shard)))
             if isinstance(self.tokenizer, TokenizerFileConfig):
@@ -104,9 +108,24 @@ def checkpoint_of(shard: Shard, stage: str) -> Path:
 
 
 def part_texts(shard: Shard, part: str, **fields: Any) -> Texts:
-    """The shards of a stage as texts for training."""
-    (folder,) = {path.parent.name for path in shard.needed[part]}
-    return Texts(name=part, path=f"{folder}/*.jsonl.zst", **fields)
+    """The shards of a stage as texts for training, below a folder that is named by their content.
+
+    A finished run with the same config is not looked at again, so under a fixed path texts that were made anew would
+    count as learned already. The folder holds links to these shards alone: beside the shards of a stage may lie those
+    of another number of shards.
+    """
+    paths = shard.needed[part]
+    folder = workdir_of(shard) / TRAINING / "texts" / f"{part}-{_digest(map(file_sha256, paths))}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        link = folder / path.name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(path, folder))
+    return Texts(name=part, path=f"{folder.relative_to(workdir_of(shard))}/*.jsonl.zst", **fields)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
 def run_training(
@@ -225,7 +244,10 @@ class Tune:
                     record = {"id": f"{name}-{number}", "text": second}
                     writer.write(line_of({**record, "first": first} if with_first else record))
                 writer.commit()
-            return str(path.relative_to(workdir_of(shard)))
+            # Named by content for the reason that `part_texts` gives.
+            named = folder / f"{name}-{file_sha256(path)[:12]}.jsonl.zst"
+            os.replace(path, named)
+            return str(named.relative_to(workdir_of(shard)))
 
         texts = [
             Texts(name="pairs", path=write("pairs", UNIQUE, self.kind), pairs=True),
