@@ -26,8 +26,14 @@ def get_config() -> SweepConfig:
     )
     middle = replace(whole, seeds=(0,), trials=trials)
 
-    def unique(fraction: float) -> SbpConfig:
-        return replace(middle, split=replace(middle.split, unique=fraction))
+    def unique(factor: float) -> SbpConfig:
+        # As many synthetic texts from fewer or more seeds: with half of both there is too little for the share.
+        samples = round(middle.synthesis.samples_per_document / factor)
+        return replace(
+            middle,
+            split=replace(middle.split, unique=middle.split.unique * factor),
+            synthesis=replace(middle.synthesis, samples_per_document=samples),
+        )
 
     def passes(factor: float) -> SbpConfig:
         samples = round(middle.synthesis.samples_per_document * factor)
@@ -45,8 +51,8 @@ def get_config() -> SweepConfig:
     return SweepConfig(
         cases=(
             Case(varied="none", value="as in sbp_worlds", config=middle),
-            Case(varied="unique", value="half", config=unique(0.025)),
-            Case(varied="unique", value="double", config=unique(0.1)),
+            Case(varied="unique", value="half", config=unique(0.5)),
+            Case(varied="unique", value="double", config=unique(2.0)),
             Case(varied="passes", value="half", config=passes(0.5)),
             Case(varied="passes", value="double", config=passes(2.0)),
             Case(varied="width", value="48", config=width(48)),

@@ -83,6 +83,24 @@ def test_trials_refuse_what_they_cannot_be():
     assert len(error.value.faults) == 4
 
 
+CONFIGS = Path(__file__).parents[3] / "configs/synth"
+WORLDS = {
+    "sbp_worlds": load_config(CONFIGS / "sbp_worlds.py"),
+    **{case.name: case.config for case in load_config(CONFIGS / "sbp_worlds_sweep.py").cases},
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_worlds_have_seeds_for_as_much_synthetic_text_as_the_arms_read_once(name):
+    """From the sizes alone: else a run ends when all but its arms is done. A tenth more, as some texts are left out."""
+    config = WORLDS[name]
+    world, split = config.data.world, config.split
+    documents = config.data.num_documents * (1 - split.validation - split.test) * split.unique
+    tokens = (world.min_length + world.max_length) / 2 + 1
+    needed = max(config.trials.shares) * config.trials.num_steps * config.learner.tokens_per_step
+    assert documents * config.synthesis.samples_per_document * tokens > 1.1 * needed
+
+
 def test_a_sweep_has_a_row_for_each_case_and_dashes_where_nothing_was_measured():
     numbers = compare(OUTCOMES).to_json()
     numbers["fraction_of_oracle_gain"]["sbp"] = None
