@@ -66,6 +66,5 @@ def get_config() -> SbpConfig:
         judge=ScriptedConfig(),
         judge_sample=5,
         floor=ConceptFloor(world=WORLD),
-        floor_texts=50,
         run=RunConfig(workdir="runs/synth/sbp_smoke", num_shards=2),
     )
