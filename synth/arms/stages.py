@@ -6,6 +6,7 @@ Their documents carry no text: `meta` holds what a run has reached, or which opt
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,10 +169,25 @@ class Tunings:
             base = _base(replicate, bases[replicate.name], shard)
             for arm in replicate.arms:
                 label = f"{replicate.name}-{arm.name}"
-                config = arm_config(replicate.tuning, base, self.corpora.get(label), training)
+                config = arm_config(replicate.tuning, base, self.corpus(label, training), training)
                 jobs.append(Job(name=label, function=train_in_job, arguments=(config, label)))
         for job, made in zip(jobs, in_order(self.jobs, shard.scratch.parent / "jobs", jobs), strict=True):
             yield Document(id=job.name, text="", meta=made)
+
+    def corpus(self, label: str, training: Path) -> str | None:
+        """A link to the texts of an arm that is named by their content.
+
+        A finished run with the same config is not looked at again, so under a fixed path texts that were made anew
+        would count as learned already.
+        """
+        if label not in self.corpora:
+            return None
+        path = Path(self.corpora[label])
+        link = training / "texts" / f"{label}-{self.corpora_sha256[label][:12]}{''.join(path.suffixes)}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(path, link.parent))
+        return str(link.absolute())
 
 
 def arm_config(tuning: Tuning, base: Pretrained | Path, corpus: str | None, workdir: Path) -> TrainConfig:

@@ -8,7 +8,7 @@ import pytest
 from pretrain.config import ConfigError, load_config
 from synth.arms.experiment import ArmsConfig
 from synth.arms.plan import Arm, Replicate
-from synth.arms.stages import OWN_TEXT, arm_config
+from synth.arms.stages import OWN_TEXT, Tunings, arm_config
 
 SMOKE = str(Path(__file__).parents[3] / "configs/synth/entigraph_worlds_smoke.py")
 
@@ -31,6 +31,22 @@ def test_an_arm_without_text_reads_replay_alone(experiment):
     config = arm_config(experiment.replicates[0].tuning, Path("base"), None, Path("work"))
     assert OWN_TEXT not in [source.name for source in config.data.sources]
     assert OWN_TEXT not in config.data.stages[0].weights
+
+
+def test_texts_made_anew_have_another_path_and_so_another_run(experiment, tmp_path):
+    """A finished run of the same config is not looked at again: under one path, new texts would count as learned."""
+    (tmp_path / "texts.jsonl.zst").write_bytes(b"some")
+    paths = []
+    for content in ("a" * 64, "b" * 64, "a" * 64):
+        tunings = Tunings(
+            replicates=experiment.replicates,
+            corpora={"seed1-raw": str(tmp_path / "texts.jsonl.zst")},
+            corpora_sha256={"seed1-raw": content},
+        )
+        paths.append(tunings.corpus("seed1-raw", tmp_path / "training"))
+        assert Path(paths[-1]).read_bytes() == b"some"
+        assert tunings.corpus("seed1-replay_only", tmp_path / "training") is None
+    assert paths[0] == paths[2] != paths[1]
 
 
 def test_a_budget_counts_positions_of_own_text(experiment):
