@@ -90,6 +90,8 @@ class SbpConfig:
             faults.append(f'data must be a stage of the name "sources", got {self.data.name!r}')
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             faults.append(f"seeds must be different and at least one, got {self.seeds}")
+        if self.sampler.model != self.learner.model:
+            faults.append("sampler.model must be learner.model, it samples from what was trained; change both")
         needed = self.sampler.max_prompt_tokens + self.sampler.max_new_tokens
         if self.tuning.row_length + 1 < needed:
             faults.append(

@@ -40,6 +40,7 @@ def test_texts_made_anew_have_another_path_and_so_another_run(experiment, tmp_pa
     for content in ("a" * 64, "b" * 64, "a" * 64):
         tunings = Tunings(
             replicates=experiment.replicates,
+            jobs=experiment.jobs,
             corpora={"seed1-raw": str(tmp_path / "texts.jsonl.zst")},
             corpora_sha256={"seed1-raw": content},
         )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import load_config
+from pretrain.config import ConfigError, apply_overrides, load_config
 from synth.document import Document
 from synth.sbp.parts import TEST
 from synth.sbp.pipeline import mean_floors
@@ -13,6 +13,13 @@ from synth.stage import StageResult
 from synth.worlds.concepts import ConceptFloor, make_concept_world
 
 SMOKE = load_config(Path(__file__).parents[3] / "configs/synth/sbp_smoke.py")
+
+
+def test_a_sampler_of_another_model_is_refused_before_anything_is_trained():
+    with pytest.raises(ConfigError, match="sampler.model must be learner.model"):
+        apply_overrides(SMOKE, ["learner.model.hidden_width=64"])
+    both = apply_overrides(SMOKE, ["learner.model.hidden_width=64", "sampler.model.hidden_width=64"])
+    assert both.sampler.model == both.learner.model
 
 
 def test_the_floor_is_that_of_all_test_documents_of_all_seeds(tmp_path):
