@@ -60,7 +60,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if count == 1:
         return Estimate(mean=mean, half_width=math.inf, values=tuple(values))
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1))
-    t = _T[count - 1] if count - 1 < len(_T) else 1.96
+    t = _T[min(count - 1, len(_T) - 1)]  # beyond the table a little too wide, never too narrow
     return Estimate(mean=mean, half_width=t * spread / math.sqrt(count), values=tuple(values))
 
 

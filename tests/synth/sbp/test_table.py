@@ -31,6 +31,9 @@ def test_intervals_are_students():
     assert found.half_width == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
     assert not found.excludes_zero
     assert estimate([5.0]).half_width == math.inf
+    many = [float(i) for i in range(12)]
+    spread = math.sqrt(sum((v - 5.5) ** 2 for v in many) / 11)
+    assert estimate(many).half_width == pytest.approx(2.201 * spread / math.sqrt(12), rel=0.02)
 
 
 def outcome(seed, arm, validation, test, share=0.0, decay=0.1):
