@@ -91,7 +91,9 @@ class SbpConfig:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             faults.append(f"seeds must be different and at least one, got {self.seeds}")
         if self.sampler.model != self.learner.model:
-            faults.append("sampler.model must be learner.model, it samples from what was trained; change both")
+            faults.append(
+                "sampler.model must be learner.model, it samples from what was trained; change both"
+            )
         needed = self.sampler.max_prompt_tokens + self.sampler.max_new_tokens
         if self.tuning.row_length + 1 < needed:
             faults.append(
