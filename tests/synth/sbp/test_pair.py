@@ -1,5 +1,6 @@
 """Pairs: drawn from all neighbors above a threshold, capped, without copies; the control relates nothing."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import ConfigError
 from synth.document import Document
+from synth.neighbors import Vectors
 from synth.sbp.embed import HashedWordsConfig
 from synth.sbp.pair import (
     PAIR,
@@ -18,6 +20,7 @@ from synth.sbp.pair import (
     Pair,
     PairRule,
     Pairs,
+    all_neighbors,
     derange,
     draw_pairs,
     threshold_for,
@@ -33,6 +36,27 @@ def neighbors(count, reach, seed):
     rows = np.argsort(-similarity, axis=1, kind="stable")[:, : min(reach, count - 1)]
     keys = chance.integers(0, 2**63, size=count).astype(np.uint64)
     return rows, np.take_along_axis(similarity, rows, axis=1), keys
+
+
+def test_neighbors_of_all_documents_are_in_memory_once(tmp_path):
+    chance, count = np.random.default_rng(0), 100_000
+    np.save(tmp_path / "v.npy", chance.normal(size=(count, 4)).astype(np.float32))
+    vectors = Vectors([tmp_path / "v.npy"], [[f"{i:06d}" for i in range(count)]])
+
+    class Some:
+        def propose(self, query_QD):
+            return chance.integers(0, count, size=(len(query_QD), 60))
+
+    tracemalloc.start()
+    try:
+        rows, similarity = all_neighbors(vectors, Some(), 70)  # more than are proposed: none
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (rows[:, 60:] == -1).all()
+    assert (similarity[:, 60:] == -np.inf).all()
+    assert (np.diff(similarity[:, :50], axis=1) <= 0).all()
+    assert peak < 1.5 * (rows.nbytes + similarity.nbytes)
 
 
 def none_alike(first, second):
