@@ -50,6 +50,10 @@ _WRITERS = {
 class Floor(Protocol):
     """What the best possible model would reach on some texts, where that can be computed."""
 
+    def faults(self, data: Stage) -> list[str]:
+        """Why it is not the floor of what this stage makes; none if it is."""
+        ...
+
     def nats_per_token(self, texts: Sequence[str]) -> Mapping[str, float]:
         """By name, the end mark of each text counted as a token."""
         ...
@@ -100,6 +104,8 @@ class SbpConfig:
                 f"tuning.row_length must hold what is sampled, max_prompt_tokens + max_new_tokens = {needed}, "
                 f"got {self.tuning.row_length}"
             )
+        if self.floor is not None:
+            faults += self.floor.faults(self.data)
         if faults:
             raise ConfigError(*faults)
 

@@ -24,7 +24,7 @@ from tokenizers import models, pre_tokenizers
 from pretrain.config import ConfigError, stable_seed, to_json
 from pretrain.tokenizer import SPECIAL_TOKENS, JsonTokenizer, Tokenizer
 from synth.document import Document, Failure
-from synth.stage import Shard
+from synth.stage import Shard, Stage
 
 _CONSONANTS, _VOWELS = "bdfghklmnprstvwz", "aeiou"
 
@@ -329,10 +329,9 @@ class WordTokenizerConfig:
     trained: ClassVar[bool] = False
 
     def build(self, root: str, texts: Any) -> Tokenizer:
-        """The tokenizer; `texts` are not looked at."""
-        inner = HfTokenizer(
-            models.WordLevel({w: i for i, w in enumerate(self.words)}, unk_token=self.words[0])
-        )
+        """The tokenizer; `texts` are not looked at. A word of another world is an error and not some word of this."""
+        no_word = ""
+        inner = HfTokenizer(models.WordLevel({w: i for i, w in enumerate(self.words)}, unk_token=no_word))
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         inner.add_special_tokens(list(SPECIAL_TOKENS))
         pad, bos, eos, sep = SPECIAL_TOKENS
@@ -344,6 +343,12 @@ class ConceptFloor:
     """The loss of the best possible model on documents of a world, for the table of an experiment."""
 
     world: ConceptWorldConfig
+
+    def faults(self, data: Stage) -> list[str]:
+        """Texts of another world have another floor."""
+        if isinstance(data, ConceptDocuments) and data.world == self.world:
+            return []
+        return ["floor.world must be data.world, the floor is that of its documents; change both"]
 
     def nats_per_token(self, texts: Sequence[str]) -> Mapping[str, float]:
         """Exact, per word with one end mark a text."""

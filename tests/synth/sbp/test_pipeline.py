@@ -22,6 +22,12 @@ def test_a_sampler_of_another_model_is_refused_before_anything_is_trained():
     assert both.sampler.model == both.learner.model
 
 
+def test_a_floor_of_another_world_is_refused():
+    with pytest.raises(ConfigError, match="floor.world must be data.world"):
+        apply_overrides(SMOKE, ["data.world.genre_share=0.4"])
+    apply_overrides(SMOKE, ["data.world.genre_share=0.4", "floor.world.genre_share=0.4"])
+
+
 def test_the_floor_is_that_of_all_test_documents_of_all_seeds(tmp_path):
     world = make_concept_world(SMOKE.data.world)
     found, per_seed = [], []
