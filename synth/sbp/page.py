@@ -6,7 +6,7 @@ from typing import Any
 from synth.document import Document
 from synth.sbp.judge import judged_rates
 from synth.sbp.pair import PAIR, RANDOM, REPORT
-from synth.sbp.quality import PAPER, PAPER_COLUMNS, PAPER_JUDGED
+from synth.sbp.quality import PAPER, PAPER_COLUMNS, PAPER_DUPLICATES_IN, PAPER_JUDGED
 from synth.sbp.tune import HELDOUT_ALONE, HELDOUT_OTHER, HELDOUT_OWN
 from synth.stage import StageResult
 
@@ -49,14 +49,16 @@ def quality_lines(documents: Iterable[Document]) -> list[str]:
     """Rates in percent of each kind of text, beside the paper's."""
     found = {d.id: d.meta for d in documents}
     keys = ("repetition", "duplicate", "seed_copy", "corpus_copy", "novel", "distinct_4")
-    lines = [f"| text | {' | '.join(f'{k}, %' for k in keys)} | words: median |"]
-    lines.append("|---|" + "---|" * (len(keys) + 1))
+    # The share of duplicates grows with the texts looked at, so their number stands beside it.
+    lines = [f"| text | sampled | {' | '.join(f'{k}, %' for k in keys)} | words: median |"]
+    lines.append("|---|" + "---|" * (len(keys) + 2))
     for name, measured in found.items():
         cells = [_cell(measured[key]) for key in keys]
-        lines.append(f"| {name} | {' | '.join(cells)} | {measured['words']['median']:.0f} |")
+        row = [name, f"{measured['sampled']:,}", *cells, f"{measured['words']['median']:.0f}"]
+        lines.append(f"| {' | '.join(row)} |")
     for number, name in enumerate(PAPER_COLUMNS):
         cells = [_percent(PAPER[key][number]) if key in PAPER else "-" for key in keys]
-        lines.append(f"| {name} | {' | '.join(cells)} | - |")
+        lines.append(f"| {name} | duplicates in {PAPER_DUPLICATES_IN:,} | {' | '.join(cells)} | - |")
     return lines
 
 

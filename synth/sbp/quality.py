@@ -18,7 +18,8 @@ from synth.quality.diversity import distinct_ngrams, quantiles
 from synth.sbp.parts import TEST, UNIQUE, all_documents
 from synth.stage import Shard
 
-# Percent, from reports of arXiv 2509.15248. Duplicates are those in a million texts.
+# Percent, from reports of arXiv 2509.15248.
+PAPER_DUPLICATES_IN = 1_000_000  # texts
 PAPER_COLUMNS = ("paper, 200B 3B", "paper, 1T 3B", "paper, 1T 6B", "paper, real text")
 PAPER_JUDGED = ((25.6, 7.8, 6.0, None), (15.1, 8.7, 6.5, 1.8))  # irrelevant to the seed; not factual
 PAPER = {
