@@ -25,7 +25,7 @@ def get_config() -> SbpConfig:
         split=Split(unique=50 / 482, validation=0.0005, test=0.0005),
         learner=replace(small.learner, optim=OptimConfig(peak_lr=1e-2, schedule=schedule)),
         reference_steps=TOTAL_STEPS,
-        synthesis=replace(small.synthesis, samples_per_document=3),
+        synthesis=replace(small.synthesis, samples_per_document=6),
         trials=replace(small.trials, num_steps=TOTAL_STEPS, shares=(0.125,)),
         run=replace(small.run, workdir="runs/synth/sbp_dclm_3b_1t", num_shards=4096),
     )

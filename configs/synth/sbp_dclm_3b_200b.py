@@ -63,7 +63,9 @@ def get_config() -> SbpConfig:
         sampler=OwnSamplerConfig(
             model=MODEL, max_prompt_tokens=2048, max_new_tokens=2048, top_p=0.9, slots=512
         ),
-        synthesis=SynthesisRule(samples_per_document=8),
+        # 75B tokens of 10B: 8 would do if every text were kept and as long as its seed. Texts have at most 2,048 tokens, and
+        # those that do not end are left out, so a round keeps perhaps 6B (a guess).
+        synthesis=SynthesisRule(samples_per_document=16),
         trials=Trials(
             num_steps=TOTAL_STEPS, fewer_steps=(), shares=(0.375,), synthetic_arms=("sbp", "random_pair")
         ),

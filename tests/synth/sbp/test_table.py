@@ -104,6 +104,14 @@ def test_the_worlds_have_seeds_for_as_much_synthetic_text_as_the_arms_read_once(
     assert documents * config.synthesis.samples_per_document * tokens > 1.1 * needed
 
 
+@pytest.mark.parametrize("name", ["sbp_dclm_3b_200b", "sbp_dclm_3b_1t"])
+def test_the_papers_settings_leave_room_for_texts_that_are_left_out_or_short(name):
+    config = load_config(CONFIGS / f"{name}.py")
+    unique = config.split.unique * 482e9
+    needed = max(config.trials.shares) * config.trials.num_steps * config.learner.tokens_per_step
+    assert unique * config.synthesis.samples_per_document > 2 * needed
+
+
 def test_a_sweep_has_a_row_for_each_case_and_dashes_where_nothing_was_measured():
     numbers = compare(OUTCOMES).to_json()
     numbers["fraction_of_oracle_gain"]["sbp"] = None
