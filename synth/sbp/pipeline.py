@@ -50,8 +50,8 @@ _WRITERS = {
 class Floor(Protocol):
     """What the best possible model would reach on some texts, where that can be computed."""
 
-    def faults(self, data: Stage) -> list[str]:
-        """Why it is not the floor of what this stage makes; none if it is."""
+    def faults(self, data: Stage, tokenizer: TokenizerConfig) -> list[str]:
+        """Why it is not the floor of what this stage makes, in these tokens; none if it is."""
         ...
 
     def nats_per_token(self, texts: Sequence[str]) -> Mapping[str, float]:
@@ -105,7 +105,7 @@ class SbpConfig:
                 f"got {self.tuning.row_length}"
             )
         if self.floor is not None:
-            faults += self.floor.faults(self.data)
+            faults += self.floor.faults(self.data, self.tokenizer)
         if faults:
             raise ConfigError(*faults)
 

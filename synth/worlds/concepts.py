@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models, pre_tokenizers
 
 from pretrain.config import ConfigError, stable_seed, to_json
-from pretrain.tokenizer import SPECIAL_TOKENS, JsonTokenizer, Tokenizer
+from pretrain.tokenizer import SPECIAL_TOKENS, JsonTokenizer, Tokenizer, TokenizerConfig
 from synth.document import Document, Failure
 from synth.stage import Shard, Stage
 
@@ -329,9 +329,10 @@ class WordTokenizerConfig:
     trained: ClassVar[bool] = False
 
     def build(self, root: str, texts: Any) -> Tokenizer:
-        """The tokenizer; `texts` are not looked at. A word of another world is an error and not some word of this."""
-        no_word = ""
-        inner = HfTokenizer(models.WordLevel({w: i for i, w in enumerate(self.words)}, unk_token=no_word))
+        """The tokenizer; `texts` are not looked at."""
+        inner = HfTokenizer(
+            models.WordLevel({w: i for i, w in enumerate(self.words)}, unk_token=self.words[0])
+        )
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         inner.add_special_tokens(list(SPECIAL_TOKENS))
         pad, bos, eos, sep = SPECIAL_TOKENS
@@ -344,11 +345,17 @@ class ConceptFloor:
 
     world: ConceptWorldConfig
 
-    def faults(self, data: Stage) -> list[str]:
-        """Texts of another world have another floor."""
-        if isinstance(data, ConceptDocuments) and data.world == self.world:
-            return []
-        return ["floor.world must be data.world, the floor is that of its documents; change both"]
+    def faults(self, data: Stage, tokenizer: TokenizerConfig) -> list[str]:
+        """Texts of another world have another floor, and only where tokens are its words is a floor that of a token."""
+        found = []
+        if not isinstance(data, ConceptDocuments) or data.world != self.world:
+            found.append("floor.world must be data.world, the floor is that of its documents; change both")
+        if not isinstance(tokenizer, WordTokenizerConfig) or tokenizer.words != self.world.words():
+            # A word that the tokenizer lacks would be learned as the first one.
+            found.append(
+                "tokenizer.words must be the words of floor.world: WordTokenizerConfig(words=WORLD.words())"
+            )
+        return found
 
     def nats_per_token(self, texts: Sequence[str]) -> Mapping[str, float]:
         """Exact, per word with one end mark a text."""

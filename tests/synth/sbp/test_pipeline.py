@@ -26,6 +26,8 @@ def test_a_floor_of_another_world_is_refused():
     with pytest.raises(ConfigError, match="floor.world must be data.world"):
         apply_overrides(SMOKE, ["data.world.genre_share=0.4"])
     apply_overrides(SMOKE, ["data.world.genre_share=0.4", "floor.world.genre_share=0.4"])
+    with pytest.raises(ConfigError, match="tokenizer.words must be"):
+        apply_overrides(SMOKE, ["data.world.num_words=70", "floor.world.num_words=70"])
 
 
 def test_the_floor_is_that_of_all_test_documents_of_all_seeds(tmp_path):
