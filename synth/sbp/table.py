@@ -109,12 +109,12 @@ class Outcome:
 def best_of(
     outcomes: Sequence[Outcome], arm: str, keep: Callable[[Outcome], bool] = lambda _: True
 ) -> list[Outcome]:
-    """For each seed, in order, the outcome of the arm with the lowest validation loss."""
+    """For each seed, in order, the outcome of the arm with the lowest validation loss; one without a number is last."""
     found = []
     for seed in sorted({o.seed for o in outcomes}):
         mine = [o for o in outcomes if o.seed == seed and o.arm == arm and keep(o)]
         if mine:
-            found.append(min(mine, key=lambda o: o.validation))
+            found.append(min(mine, key=lambda o: (math.isnan(o.validation), o.validation)))
     return found
 
 

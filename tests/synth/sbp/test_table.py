@@ -59,6 +59,11 @@ def test_the_setting_is_chosen_on_validation_and_reported_on_test():
     assert [o.test for o in best] == [2.5, 2.51, 2.52]  # not the lower test loss of the other decay
 
 
+def test_a_setting_that_ended_without_a_number_is_never_the_best():
+    lost = [outcome(s, REPETITION, float("nan"), float("nan"), decay=0.3) for s in range(3)]
+    assert best_of([*lost, *OUTCOMES], REPETITION) == best_of(OUTCOMES, REPETITION)
+
+
 def test_the_page_says_what_was_measured():
     found = compare(OUTCOMES)
     assert found.differences["repetition - sbp"].mean == pytest.approx(0.01 + 0.3 - 1 / 60, abs=1e-9)
