@@ -31,7 +31,7 @@ WORLD = WorldConfig(num_documents=16, num_facts=12, num_names=NUM_NAMES)
 # What it takes to read within minutes, each found by leaving it out: names that mean the same where they are read and
 # where they are said (a tied head), short convolutions, worlds of one or two facts first, loss on answers alone.
 MODEL = ModelConfig(
-    num_layers=3, width=96, num_heads=3, num_kv_heads=3, head_width=32, hidden_width=192,
+    num_layers=4, width=96, num_heads=3, num_kv_heads=3, head_width=32, hidden_width=192,
     layer_pattern=(LayerKind(rope=Rope(theta=1000.0)),), short_conv=4, tied_head=True, dtype="float32",
 )  # fmt: skip
 
@@ -72,24 +72,24 @@ def base() -> TrainConfig:
     """Reading one or two facts, then a few, then over two facts, then worlds like the niche, and remembering others."""
     sources = (
         book("few", 1, 24_000, (1, 2), num_questions=3),
-        book("some", 2, 16_000, (2, 6), num_questions=7),
-        book("hops", 3, 24_000, (3, 8), num_questions=8, hop_share=0.5),
-        book("whole", 4, 12_000, (12, 12), num_questions=10, hop_share=0.4),
+        book("some", 2, 24_000, (2, 6), num_questions=7),
+        book("hops", 3, 30_000, (5, 12), num_questions=10, hop_share=0.6),
+        book("whole", 4, 12_000, (12, 12), num_questions=10, hop_share=0.6),
         recurring(5, 6000),
     )
     stages = (
         MixtureStage(start_step=0, weights={"few": 1.0}),
-        MixtureStage(start_step=300, weights={"some": 1.0}),
-        MixtureStage(start_step=600, weights={"hops": 1.0}),
-        MixtureStage(start_step=1600, weights={"hops": 0.3, "whole": 0.4, "recurring": 0.3}),
+        MixtureStage(start_step=500, weights={"few": 0.3, "some": 0.7}),
+        MixtureStage(start_step=1000, weights={"some": 0.2, "hops": 0.8}),
+        MixtureStage(start_step=2400, weights={"hops": 0.5, "whole": 0.3, "recurring": 0.2}),
     )
     optim = OptimConfig(
         method=AdamWConfig(b2=0.98),
-        peak_lr=6e-3,
+        peak_lr=4e-3,
         schedule=Wsd(num_warmup_steps=50, final_fraction=0.1),
         weight_decay=0.0,
     )
-    return train(sources, stages, optim, num_steps=2600)
+    return train(sources, stages, optim, num_steps=3400)
 
 
 def tuning() -> Tuning:
@@ -100,7 +100,7 @@ def tuning() -> Tuning:
         recurring(15, 600),
     )
     optim = OptimConfig(
-        method=AdamWConfig(b2=0.98), peak_lr=1e-3, schedule=Constant(num_warmup_steps=5), weight_decay=0.0
+        method=AdamWConfig(b2=0.98), peak_lr=2e-3, schedule=Constant(num_warmup_steps=5), weight_decay=0.0
     )
     return Tuning(train=train(sources, (), optim, budgets[-1]), replay=0.15, budget_steps=budgets)
 
