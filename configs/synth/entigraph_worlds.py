@@ -5,7 +5,9 @@ budgets of the same tokens, questions as told, reversed and over two facts; perf
 Command: python -m synth.main --config configs/synth/entigraph_worlds.py
 Hardware: 2 CPU cores, no key, no network. Result: results.md, results.json and results.png in the workdir.
 
-Recipes were chosen on the worlds of seeds above 100, never on those of the seeds below.
+Recipes were chosen on the worlds of seeds above 100; the seeds below have not been run yet. There the base does not
+always pass its gate (85 % with the book open): on seed 103 it answers 99.0 % as told, 99.0 % reversed and 52.0 % over
+two facts, 80.3 % in all; on seed 102 it had not learned worlds of two facts when larger ones came, and ends at 46.3 %.
 """
 
 from pretrain.checkpoint import CheckpointPolicy
